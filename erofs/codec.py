@@ -1,0 +1,144 @@
+"""Compression of chunks and tables, by on-disk id; libraries are loaded on first use.
+
+The bytes have to equal those of the real builder (spec 4.3): zstd frames of libzstd
+1.5.4 to 1.5.6 at level 3, and `LZ4_compress_default`, which `lz4.block.compress` does
+not call and which is therefore called in that package's own extension by cffi.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from erofs.errors import CodecError
+from erofs.rafs import Compressor
+
+__all__ = ["Codec", "compress", "decompress"]
+
+ZSTD_LEVEL = 3
+_local = threading.local()
+
+
+def _missing(package: str, error: ImportError) -> CodecError:
+    return CodecError(f"the Python package {package} is not installed ({error})")
+
+
+def _zstd(kind: str, make: Callable[[Any], Any]) -> Any:
+    """Return this thread's zstd object; they are not safe to share between threads."""
+    found = getattr(_local, kind, None)
+    if found is None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise _missing("zstandard", error) from error
+        found = make(zstandard)
+        setattr(_local, kind, found)
+    return found
+
+
+def _zstd_compress(data: bytes | memoryview) -> bytes:
+    compressor = _zstd("compressor", lambda zstd: zstd.ZstdCompressor(level=ZSTD_LEVEL))
+    result: bytes = compressor.compress(data)
+    return result
+
+
+def _zstd_decompress(data: bytes | memoryview, size: int) -> bytes:
+    decompressor = _zstd("decompressor", lambda zstd: zstd.ZstdDecompressor())
+    import zstandard
+
+    try:
+        # The bound is the length that is expected, not what the frame claims about itself.
+        if zstandard.frame_content_size(data) not in (-1, size):
+            raise CodecError(
+                "zstd frame of the wrong size",
+                expected=size,
+                got=zstandard.frame_content_size(data),
+            )
+        result: bytes = decompressor.decompress(data, max_output_size=size)
+    except zstandard.ZstdError as error:
+        raise CodecError(f"broken zstd frame ({error})") from error
+    return result
+
+
+@cache
+def _lz4_library() -> tuple[Any, Any]:
+    try:
+        import cffi
+        import lz4.block._block as extension
+    except ImportError as error:
+        raise _missing("lz4 or cffi", error) from error
+    ffi = cffi.FFI()
+    ffi.cdef(
+        "int LZ4_compress_default(const char *, char *, int, int); int LZ4_compressBound(int);"
+    )
+    return ffi, ffi.dlopen(extension.__file__)
+
+
+def _lz4_compress(data: bytes | memoryview) -> bytes:
+    ffi, library = _lz4_library()
+    bound = library.LZ4_compressBound(len(data))
+    target = ffi.new("char[]", bound)
+    length = library.LZ4_compress_default(ffi.from_buffer(data), target, len(data), bound)
+    if length <= 0:
+        raise CodecError("LZ4 compression failed", got=length)
+    return bytes(ffi.buffer(target, length))
+
+
+def _lz4_decompress(data: bytes | memoryview, size: int) -> bytes:
+    try:
+        import lz4.block
+    except ImportError as error:
+        raise _missing("lz4", error) from error
+    try:
+        result: bytes = lz4.block.decompress(data, uncompressed_size=size)
+    except (lz4.block.LZ4BlockError, ValueError, MemoryError) as error:
+        raise CodecError(f"broken LZ4 block ({error})") from error
+    return result
+
+
+class Codec:
+    """Name and two directions of one algorithm."""
+
+    def __init__(
+        self,
+        name: str,
+        compress: Callable[[bytes | memoryview], bytes],
+        decompress: Callable[[bytes | memoryview, int], bytes],
+    ) -> None:
+        self.name = name
+        self.compress = compress
+        self.decompress = decompress
+
+
+def _refuse_compress(data: bytes | memoryview) -> bytes:
+    raise CodecError("gzip is only read, as part of a reference to an OCI layer")
+
+
+def _refuse_decompress(data: bytes | memoryview, size: int) -> bytes:
+    raise CodecError("gzip chunks need their zran context")
+
+
+CODECS = {
+    Compressor.NONE: Codec("none", bytes, lambda data, size: bytes(data)),
+    Compressor.LZ4_BLOCK: Codec("lz4_block", _lz4_compress, _lz4_decompress),
+    Compressor.GZIP: Codec("gzip", _refuse_compress, _refuse_decompress),
+    Compressor.ZSTD: Codec("zstd", _zstd_compress, _zstd_decompress),
+}
+
+
+def compress(algorithm: Compressor, data: bytes | memoryview) -> bytes | None:
+    """Return the compressed bytes, or None when they would not be smaller than `data`."""
+    if algorithm is Compressor.NONE or not data:
+        return None
+    result = CODECS[algorithm].compress(data)
+    return result if len(result) < len(data) else None
+
+
+def decompress(algorithm: Compressor, data: bytes | memoryview, size: int) -> bytes:
+    """Return exactly `size` bytes, or raise `CodecError`; never allocates more than `size`."""
+    result = CODECS[algorithm].decompress(data, size)
+    if len(result) != size:
+        raise CodecError("decompressed to the wrong length", expected=size, got=len(result))
+    return result

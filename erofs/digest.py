@@ -1,0 +1,44 @@
+"""Digests and checksums of chunks; libraries are loaded on first use."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from typing import Any
+
+from erofs.errors import CodecError
+from erofs.rafs import Digester
+
+__all__ = ["crc32c", "digest"]
+
+
+@cache
+def _blake3() -> Any:
+    try:
+        from blake3 import blake3
+    except ImportError as error:
+        raise CodecError(f"the Python package blake3 is not installed ({error})") from error
+    return blake3
+
+
+@cache
+def _crc32c() -> Any:
+    try:
+        from crc32c import crc32c as function
+    except ImportError as error:
+        raise CodecError(f"the Python package crc32c is not installed ({error})") from error
+    return function
+
+
+def digest(algorithm: Digester, data: bytes | memoryview) -> bytes:
+    """Return the 32-byte digest of an uncompressed chunk."""
+    if algorithm is Digester.SHA256:
+        return hashlib.sha256(data).digest()
+    result: bytes = _blake3()(data).digest()
+    return result
+
+
+def crc32c(data: bytes | memoryview) -> int:
+    """Return the CRC-32C (Castagnoli) of `data`."""
+    result: int = _crc32c()(data)
+    return result

@@ -1,0 +1,215 @@
+"""The filesystem tree in memory: nodes, chunks, and the gate that the writer stands behind.
+
+Only a tree that `validate` has seen reaches the writer, which therefore has no error
+paths for bad input.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from erofs import layout
+from erofs.errors import CorruptStructure
+from erofs.rafs import MAX_CHUNKS_PER_BLOB, BlobEntry, ChunkInfo
+
+__all__ = ["Chunk", "Node", "ValidTree", "iter_names", "split_xattr_name", "validate"]
+
+_I_SIZE_MAX = (1 << 63) - 1
+_BLKADDR_MAX = 0xFFFFFFFE
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """One distinct chunk of a blob; every file that holds it shares the object.
+
+    Offsets and sizes are in bytes; `blob_index` is the place in the blob table and
+    `chunk_index` the place in that blob's compression table.
+    """
+
+    digest: bytes
+    blob_index: int
+    flags: int
+    compressed_size: int
+    uncompressed_size: int
+    compressed_offset: int
+    uncompressed_offset: int
+    file_offset: int
+    chunk_index: int
+    crc32c: int
+
+    @classmethod
+    def from_info(cls, info: ChunkInfo) -> Chunk:
+        """Make the mutable twin of a chunk table entry."""
+        return cls(*info)
+
+    def info(self) -> ChunkInfo:
+        """Return the chunk table entry."""
+        return ChunkInfo(
+            self.digest,
+            self.blob_index,
+            self.flags,
+            self.compressed_size,
+            self.uncompressed_size,
+            self.compressed_offset,
+            self.uncompressed_offset,
+            self.file_offset,
+            self.chunk_index,
+            self.crc32c,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A file of any type. Hard links are one node under several names.
+
+    `mode` is the whole st_mode, `rdev` in Linux' "new" encoding, `mtime` in signed
+    seconds, `children` is a dictionary for directories and None for all else.
+    """
+
+    mode: int
+    uid: int = 0
+    gid: int = 0
+    mtime: int = 0
+    mtime_nsec: int = 0
+    rdev: int = 0
+    size: int = 0
+    target: bytes = b""
+    xattrs: dict[bytes, bytes] = field(default_factory=dict)
+    chunks: list[Chunk] = field(default_factory=list)
+    children: dict[bytes, Node] | None = None
+
+    @classmethod
+    def directory(cls, permissions: int = 0o755) -> Node:
+        """Make an empty directory, owner 0/0, mtime 0."""
+        return cls(stat.S_IFDIR | permissions, children={})
+
+    @property
+    def is_dir(self) -> bool:
+        """Whether the node is a directory."""
+        return self.children is not None
+
+    @property
+    def entries(self) -> dict[bytes, Node]:
+        """The children of a directory."""
+        if self.children is None:
+            raise CorruptStructure("not a directory")
+        return self.children
+
+
+class ValidTree(NamedTuple):
+    """A tree that fits the format, with what validation counted."""
+
+    root: Node
+    names: int
+    has_xattr: bool
+
+
+def iter_names(root: Node) -> Iterator[tuple[bytes, bytes, Node]]:
+    """Yield (directory path, name, node) in the visiting order of spec rafs-v6 3.1.
+
+    Children of a directory come in name order, then each child directory is visited.
+    The root is yielded first, with an empty path and name.
+    """
+    yield b"", b"", root
+    stack: list[tuple[bytes, Node]] = [(b"", root)]
+    while stack:
+        path, directory = stack.pop()
+        subdirectories: list[tuple[bytes, Node]] = []
+        children = directory.entries
+        for name in sorted(children):
+            child = children[name]
+            yield path, name, child
+            if child.children is not None:
+                subdirectories.append((path + b"/" + name, child))
+        stack.extend(reversed(subdirectories))
+
+
+def split_xattr_name(name: bytes) -> tuple[int, bytes]:
+    """Return (name index, rest of the name); raise `CorruptStructure` for unknown prefixes."""
+    for index, prefix in layout.XATTR_PREFIXES:
+        if index in layout.XATTR_WHOLE_NAMES:
+            if name == prefix:
+                return index, b""
+        elif name.startswith(prefix):
+            return index, name[len(prefix) :]
+    raise CorruptStructure("xattr name without an EROFS prefix", got=name)
+
+
+def _check_name(path: bytes, name: bytes) -> None:
+    if not 0 < len(name) <= layout.NAME_MAX or b"/" in name or b"\0" in name:
+        raise CorruptStructure("impossible file name", entry=path + b"/" + name)
+    if name in (b".", b".."):
+        raise CorruptStructure("reserved file name", entry=path + b"/" + name)
+
+
+def _check_xattrs(node: Node) -> None:
+    for name, value in node.xattrs.items():
+        _, suffix = split_xattr_name(name)
+        if len(suffix) > layout.NAME_MAX or len(value) > layout.XATTR_VALUE_MAX:
+            raise CorruptStructure("xattr name or value too long", got=name)
+
+
+def _check_regular(node: Node, chunk_size: int, blobs: int) -> None:
+    if not 0 <= node.size <= _I_SIZE_MAX:
+        raise CorruptStructure("impossible file size", got=node.size)
+    count = -(-node.size // chunk_size)
+    if len(node.chunks) != count:
+        raise CorruptStructure("wrong number of chunks", expected=count, got=len(node.chunks))
+    for chunk in node.chunks:
+        if not 0 <= chunk.blob_index < blobs:
+            raise CorruptStructure("chunk of a blob that is not in the table", got=chunk.blob_index)
+        block, rest = divmod(chunk.uncompressed_offset, layout.BLOCK_SIZE)
+        if rest or block > _BLKADDR_MAX or not 0 <= chunk.chunk_index < MAX_CHUNKS_PER_BLOB:
+            raise CorruptStructure("chunk at an impossible place", got=chunk.uncompressed_offset)
+
+
+def _check_node(node: Node, chunk_size: int, blobs: int) -> None:
+    kind = stat.S_IFMT(node.mode)
+    if kind not in layout.FILE_TYPES or node.mode > 0xFFFF:
+        raise CorruptStructure("unknown file type", got=f"mode {node.mode:o}")
+    if (kind == stat.S_IFDIR) != node.is_dir:
+        raise CorruptStructure("directory without children, or children without a directory")
+    if not 0 <= node.mtime_nsec < 1_000_000_000 or not 0 <= node.rdev <= 0xFFFFFFFF:
+        raise CorruptStructure("impossible time or device number")
+    if not 0 <= node.uid <= 0xFFFFFFFF or not 0 <= node.gid <= 0xFFFFFFFF:
+        raise CorruptStructure("owner does not fit 32 bits", got=f"{node.uid}:{node.gid}")
+    if kind == stat.S_IFREG:
+        _check_regular(node, chunk_size, blobs)
+    elif kind == stat.S_IFLNK and not 0 < len(node.target) <= layout.SYMLINK_MAX:
+        raise CorruptStructure("impossible length of a symlink target", got=len(node.target))
+    if node.xattrs:
+        _check_xattrs(node)
+
+
+def validate(root: Node, blobs: list[BlobEntry], chunk_size: int) -> ValidTree:
+    """Check every invariant of the format, so that the writer can rely on them.
+
+    Raises:
+        CorruptStructure: names the entry and what is wrong with it.
+    """
+    if len(blobs) > layout.MAX_DEVICES:
+        raise CorruptStructure("too many blobs", expected=layout.MAX_DEVICES, got=len(blobs))
+    if not root.is_dir:
+        raise CorruptStructure("the root is not a directory")
+    seen_directories: set[int] = set()
+    names = 0
+    has_xattr = False
+    for path, name, node in iter_names(root):
+        entry = path + b"/" + name
+        if names:
+            _check_name(path, name)
+        names += 1
+        if node.is_dir:
+            if id(node) in seen_directories:
+                raise CorruptStructure("directory under two names", entry=entry)
+            seen_directories.add(id(node))
+        try:
+            _check_node(node, chunk_size, len(blobs))
+        except CorruptStructure as error:
+            error.add_context(entry=entry)
+            raise
+        has_xattr = has_xattr or bool(node.xattrs)
+    return ValidTree(root, names, has_xattr)

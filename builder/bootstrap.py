@@ -11,7 +11,7 @@ from erofs.errors import BadMagic, FormatError, error_context
 from erofs.rafs import Compressor
 from erofs.view import View
 
-__all__ = ["load_tree", "open_any_bootstrap"]
+__all__ = ["inlined_bootstrap", "load_tree", "open_any_bootstrap"]
 
 _BOOTSTRAP_MAX = 1 << 32
 
@@ -90,8 +90,13 @@ class _File:
         self._data.close()
 
 
-def _inlined_bootstrap(path: Path) -> bytes | None:
-    """Return the bootstrap inside of a blob with inlined metadata, None when it has none."""
+def inlined_bootstrap(path: Path) -> bytes | None:
+    """Return the bootstrap inside of a blob with inlined metadata, None when it has none.
+
+    Raises:
+        CodecError: it is there, but broken.
+        OSError: the file cannot be read.
+    """
     blob = _File(path)
     try:
         toc = read_toc(blob)
@@ -118,7 +123,7 @@ def open_any_bootstrap(path: Path, *, inlined: bool = False) -> Bootstrap:
     try:
         return open_bootstrap(path)
     except BadMagic:
-        data = _inlined_bootstrap(path) if inlined else None
+        data = inlined_bootstrap(path) if inlined else None
         if data is None:
             raise
     with error_context(path=path):

@@ -1,0 +1,1 @@
+"""Builder of RAFS v6 images: sources in, bootstrap and data blobs out."""

@@ -1,0 +1,124 @@
+"""`nydus-image merge`: bootstraps of layers into one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from builder.cli.common import read_patterns
+from builder.cli.create import log_success
+from builder.merge import MergeOptions, merge
+from builder.prefetch import PrefetchPolicy
+from builder.report import report, write_report
+
+if TYPE_CHECKING:
+    from builder.cli.common import CommandParser
+
+
+def _digests(text: str) -> list[bytes]:
+    try:
+        return [bytes.fromhex(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not a list of hex digests: '{text}'") from None
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not a list of numbers: '{text}'") from None
+
+
+def add_parser(
+    commands: argparse._SubParsersAction[CommandParser], logging_options: argparse.ArgumentParser
+) -> None:
+    """Add the sub-command."""
+    text = "Merge multiple bootstraps into a overlaid bootstrap"
+    parser = commands.add_parser("merge", help=text, description=text, parents=[logging_options])
+    parser.set_defaults(run=run, parser=parser)
+    parser.add_argument(
+        "sources", metavar="<SOURCE>", nargs="+", type=Path,
+        help="bootstrap paths (allow one or more)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--parent-bootstrap", metavar="<parent-bootstrap>", type=Path,
+        help="File path of the parent/referenced RAFS metadata blob (optional)",
+    )  # fmt: skip
+    parser.add_argument(
+        "-B", "--bootstrap", metavar="<bootstrap>", type=Path,
+        help="Output path of nydus overlaid bootstrap",
+    )  # fmt: skip
+    parser.add_argument(
+        "-D", "--blob-dir", metavar="<blob-dir>", type=Path,
+        help="Directory path to save generated RAFS metadata and data blobs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prefetch-policy", metavar="<prefetch-policy>", default="none",
+        choices=[policy.value for policy in PrefetchPolicy],
+        help="Set data prefetch policy [default: none] [possible values: fs, blob, none]",
+    )  # fmt: skip
+    parser.add_argument(
+        "-J", "--output-json", metavar="<output-json>", type=Path,
+        help="File path to save operation result in JSON format",
+    )  # fmt: skip
+    _add_lists(parser)
+
+
+def _add_lists(parser: CommandParser) -> None:
+    parser.add_argument(
+        "--blob-digests", metavar="<blob-digests>", type=_digests, default=[],
+        help="RAFS blob digest list separated by comma",
+    )  # fmt: skip
+    parser.add_argument(
+        "--original-blob-ids", metavar="<original-blob-ids>", default=[],
+        type=lambda text: text.split(","),
+        help="original blob id list separated by comma, it may usually be a sha256 hex string",
+    )  # fmt: skip
+    parser.add_argument(
+        "--blob-sizes", metavar="<blob-sizes>", type=_numbers, default=[],
+        help="RAFS blob size list separated by comma",
+    )  # fmt: skip
+    parser.add_argument(
+        "--blob-toc-digests", metavar="<blob-toc-digests>", type=_digests, default=[],
+        help="RAFS blob toc digest list separated by comma",
+    )  # fmt: skip
+    parser.add_argument(
+        "--blob-toc-sizes", metavar="<blob-toc-sizes>", type=_numbers, default=[],
+        help="RAFS blob toc size list separated by comma",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Merge, and say what was made."""
+    if arguments.bootstrap is None and arguments.blob_dir is None:
+        arguments.parser.error(
+            "the following required arguments were not provided:\n  --bootstrap <bootstrap>"
+        )
+    policy = PrefetchPolicy(arguments.prefetch_policy)
+    result, compressor = merge(
+        arguments.sources,
+        MergeOptions(
+            bootstrap=arguments.bootstrap,
+            blob_dir=arguments.blob_dir,
+            parent_bootstrap=arguments.parent_bootstrap,
+            prefetch_policy=policy,
+            prefetch_patterns=[] if policy is PrefetchPolicy.NONE else read_patterns(),
+            original_blob_ids=arguments.original_blob_ids,
+            blob_digests=arguments.blob_digests,
+            blob_sizes=arguments.blob_sizes,
+            blob_toc_digests=arguments.blob_toc_digests,
+            blob_toc_sizes=arguments.blob_toc_sizes,
+        ),
+    )
+    if arguments.output_json is not None:
+        content = report(
+            bootstrap=result.bootstrap,
+            blobs=result.blobs,
+            compressor=compressor,
+            seconds=result.seconds,
+            events={},
+        )
+        write_report(arguments.output_json, content)
+    log_success(result)
+    return 0

@@ -1,0 +1,103 @@
+"""Files that appear whole or not at all; FIFOs and devices are written straight."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from builder.errors import BuildError
+
+__all__ = ["OutputFile", "write_file"]
+
+
+class OutputFile:
+    """A file being written beside its final place.
+
+    Leaving the context without `commit` removes what was written, unless the target is
+    a FIFO or a device, which take the bytes as they come.
+
+    Args:
+        target: the final path, or the directory when the name is known only at the end.
+        mode: permission bits, before the umask.
+    """
+
+    def __init__(self, target: Path, mode: int) -> None:
+        self._target = target
+        self._temporary: Path | None = None
+        self.written = 0
+        try:
+            kind = stat.S_IFMT(target.stat().st_mode)
+        except FileNotFoundError:
+            kind = stat.S_IFREG
+        try:
+            if kind in (stat.S_IFREG, stat.S_IFDIR):
+                self._temporary = _temporary(target, kind == stat.S_IFDIR)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                descriptor = os.open(self._temporary, flags, mode)
+            else:
+                descriptor = os.open(target, os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise BuildError(f"cannot be written ({error.strerror})", path=target) from error
+        self._file = os.fdopen(descriptor, "wb", buffering=1 << 20)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append bytes; raise `BuildError`."""
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise self._failed(error) from error
+        self.written += len(data)
+
+    def _failed(self, error: OSError) -> BuildError:
+        return BuildError(f"writing failed ({error.strerror})", path=self._target)
+
+    def commit(self, name: str | None = None) -> Path:
+        """Make the file durable under its final name; `name` when the target is a directory."""
+        final = self._target if name is None else self._target / name
+        try:
+            self._file.flush()
+            if self._temporary is not None:
+                os.fsync(self._file.fileno())
+                self._temporary.rename(final)
+                self._temporary = None
+            self._file.close()
+        except OSError as error:
+            raise self._failed(error) from error
+        return final
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._file.close()
+        except OSError:
+            # A full disk was already told when the bytes were written or committed.
+            if kind is None:
+                raise
+        finally:
+            if self._temporary is not None:
+                self._temporary.unlink(missing_ok=True)
+
+
+def _temporary(target: Path, is_directory: bool) -> Path:
+    token = secrets.token_hex(8)
+    if is_directory:
+        return target / f".nydus-image-{token}"
+    return target.parent / f".{target.name[:200]}.{token}"
+
+
+def write_file(target: Path, data: bytes, mode: int, name: str | None = None) -> Path:
+    """Write a whole file atomically and return its path; raise `BuildError`."""
+    with OutputFile(target, mode) as output:
+        output.write(data)
+        return output.commit(name)

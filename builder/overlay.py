@@ -1,0 +1,84 @@
+"""Lay one tree over another: OCI and overlayfs whiteouts (spec rafs-v6 5.4). Pure functions."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+
+from builder.source.options import WhiteoutSpec
+from erofs import Node
+
+__all__ = ["apply_layer"]
+
+WHITEOUT_PREFIX = b".wh."
+OPAQUE_MARKER = b".wh..wh..opq"
+OVERLAY_OPAQUE = b"trusted.overlay.opaque"
+
+
+def apply_layer(lower: Node, upper: Node, spec: WhiteoutSpec = WhiteoutSpec.OCI) -> Node:
+    """Return the root of `upper` over `lower`; both trees are used up.
+
+    The upper root's attributes replace the lower one's. Recursion is replaced by a
+    stack, since layers decide how deep their directories are.
+    """
+    root = upper
+    stack = [(lower.entries, upper)]
+    while stack:
+        below, node = stack.pop()
+        kept = _kept(below, node, spec)
+        merged = below
+        for name, child in kept.items():
+            old = merged.get(name)
+            if child.is_dir:
+                inherited = old.entries if old is not None and old.is_dir else {}
+                if _take_opaque_mark(child, spec):
+                    inherited = {}
+                stack.append((inherited, child))
+            merged[name] = child
+        node.children = merged
+    return root
+
+
+def _kept(below: dict[bytes, Node], node: Node, spec: WhiteoutSpec) -> dict[bytes, Node]:
+    """Carry out the deletions that `node` asks for in `below`; return its other children."""
+    if spec is WhiteoutSpec.NONE:
+        return dict(node.entries)
+    if spec is WhiteoutSpec.OCI and OPAQUE_MARKER in node.entries:
+        below.clear()
+    kept: dict[bytes, Node] = {}
+    for name, child in node.entries.items():
+        deleted = _deleted_name(name, child, spec)
+        if deleted is None:
+            kept[name] = child
+        else:
+            below.pop(deleted, None)
+    return kept
+
+
+def _deleted_name(name: bytes, child: Node, spec: WhiteoutSpec) -> bytes | None:
+    """Return which lower name an entry deletes, None when it is no deletion mark."""
+    if spec is WhiteoutSpec.OCI:
+        return name[len(WHITEOUT_PREFIX) :] if name.startswith(WHITEOUT_PREFIX) else None
+    is_whiteout = stat.S_ISCHR(child.mode) and child.rdev == 0
+    return name if is_whiteout else None
+
+
+def _take_opaque_mark(child: Node, spec: WhiteoutSpec) -> bool:
+    if spec is not WhiteoutSpec.OVERLAYFS or child.xattrs.get(OVERLAY_OPAQUE) != b"y":
+        return False
+    del child.xattrs[OVERLAY_OPAQUE]
+    return True
+
+
+def iter_nodes(root: Node) -> Iterator[Node]:
+    """Yield every node once, whatever the number of its names."""
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        if node.children:
+            stack.extend(node.children.values())

@@ -1,0 +1,232 @@
+"""Forward-only walker over a tar stream: members one after the other, content on demand.
+
+All reading of the stream happens here; what the bytes mean is decided in
+`builder.tarheader`. Opening and decompressing sources is not done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from builder.tarheader import (
+    BLOCK_SIZE,
+    TYPE_GLOBAL_PAX,
+    TYPE_LONG_LINK,
+    TYPE_LONG_NAME,
+    TYPE_PAX,
+    TYPE_SOLARIS_PAX,
+    TYPE_VOLUME_LABEL,
+    TarError,
+    TarHeader,
+    TarMember,
+    build_member,
+    parse_header,
+    parse_pax,
+)
+
+__all__ = ["ByteStream", "TarError", "TarMember", "TarStream"]
+
+_ZERO_BLOCK = bytes(BLOCK_SIZE)
+_SKIP_SIZE = 1 << 20
+_MAX_GLOBAL_RECORDS = 1 << 20
+# Content limits of the members that describe other members.
+_BODY_LIMITS = {
+    TYPE_LONG_LINK: 1 << 20,
+    TYPE_LONG_NAME: 1 << 20,
+    TYPE_SOLARIS_PAX: 16 << 20,
+    TYPE_GLOBAL_PAX: 16 << 20,
+    TYPE_PAX: 16 << 20,
+}
+_AUXILIARY = frozenset((*_BODY_LIMITS, TYPE_VOLUME_LABEL))
+
+
+class ByteStream(Protocol):
+    """What is needed of a stream: pipes, files and decompressors have it.
+
+    Both may return fewer bytes than asked for, and none only at the end.
+    """
+
+    def read(self, size: int, /) -> bytes: ...  # noqa: D102 -- as in io.BufferedIOBase
+    def readinto(self, buffer: memoryview, /) -> int: ...  # noqa: D102
+
+
+class TarStream:
+    """Iterate over the members of a tar archive, reading forward only.
+
+    Going to the next member skips what was not read of the current one. Iteration
+    ends at the end marker, and nothing behind it is read; an archive that just stops
+    where a header would begin is accepted, as by GNU tar and the real builder. After
+    an error iteration is over.
+
+    Args:
+        stream: source of bytes, best with a large buffer; not closed.
+        name: what to call the source in errors.
+
+    Raises:
+        TarError: from iteration and reading, with source, entry and byte offset.
+    """
+
+    def __init__(self, stream: ByteStream, name: str) -> None:
+        self._stream = stream
+        self._name = name
+        self._position = 0
+        self._header_offset = 0
+        self._entry: bytes | None = None
+        self._remaining = 0
+        self._padding = 0
+        self._ended = False
+        self._global_records: dict[bytes, bytes] = {}
+
+    def __iter__(self) -> Iterator[TarMember]:
+        while not self._ended:
+            try:
+                member = self._next_member()
+            except TarError as error:
+                self._ended = True
+                error.add_context(path=self._name, offset=self._header_offset)
+                raise
+            if member is None:
+                self._ended = True
+                return
+            yield member
+
+    def read(self, length: int) -> bytes:
+        """Return the next `length` bytes of the current member, fewer only at its end.
+
+        Raises:
+            TarError: the stream ends inside the member.
+        """
+        length = min(length, self._remaining)
+        if length <= 0:
+            return b""
+        data = self._exactly(length, "content")
+        self._remaining -= length
+        return data
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill a buffer of bytes from the current member, return how many there were.
+
+        Raises:
+            TarError: the stream ends inside the member.
+        """
+        length = min(len(buffer), self._remaining)
+        filled = 0
+        while filled < length:
+            count = self._stream.readinto(buffer[filled:length])
+            if not count:
+                raise self._truncated("content")
+            filled += count
+            self._position += count
+            self._remaining -= count
+        return length
+
+    def _next_member(self) -> TarMember | None:
+        self._skip(self._remaining, "content")
+        self._skip(self._padding, "padding")
+        self._remaining = self._padding = 0
+        self._entry = None
+        bodies: dict[int, bytes] = {}
+        local_records: dict[bytes, bytes] = {}
+        header = self._next_header()
+        while header is not None and header.type in _AUXILIARY:
+            self._take_auxiliary(header, bodies, local_records)
+            header = self._next_header()
+        if header is None:
+            if bodies:
+                raise TarError("archive ends behind an extended header, its member is missing")
+            return None
+        member = build_member(
+            header,
+            bodies.get(TYPE_LONG_NAME),
+            bodies.get(TYPE_LONG_LINK),
+            self._global_records | local_records,
+            self._position,
+        )
+        self._entry = member.path
+        self._remaining = member.size
+        self._padding = -member.size % BLOCK_SIZE
+        return member
+
+    def _next_header(self) -> TarHeader | None:
+        """Read and decode a header block; None at the end of the archive."""
+        self._header_offset = self._position
+        block = self._up_to(BLOCK_SIZE)
+        if block == _ZERO_BLOCK:
+            if any(self._up_to(BLOCK_SIZE)):
+                raise TarError("single zero block inside of the archive")
+            return None
+        if len(block) < BLOCK_SIZE:
+            if block:
+                raise self._truncated("header")
+            if not self._position:
+                raise TarError("empty file, not a tar archive")
+            return None
+        header = parse_header(block)
+        self._position += BLOCK_SIZE
+        return header
+
+    def _take_auxiliary(
+        self, header: TarHeader, bodies: dict[int, bytes], local_records: dict[bytes, bytes]
+    ) -> None:
+        """Read a member that describes others and add what it says to where it belongs."""
+        kind = TYPE_PAX if header.type == TYPE_SOLARIS_PAX else header.type
+        if kind == TYPE_VOLUME_LABEL:
+            self._skip(header.size + -header.size % BLOCK_SIZE, "volume label")
+            return
+        if header.size > _BODY_LIMITS[kind]:
+            raise TarError(
+                f"extended header of type {chr(header.type)!r} has {header.size} bytes, "
+                f"the limit is {_BODY_LIMITS[kind]}"
+            )
+        if kind in bodies:
+            raise TarError(f"two extended headers of type {chr(kind)!r} for one member")
+        blocks = self._exactly(header.size + -header.size % BLOCK_SIZE, "extended header")
+        body = blocks[: header.size]
+        if kind == TYPE_GLOBAL_PAX:
+            self._merge_global(parse_pax(body))
+            return
+        bodies[kind] = body
+        if kind == TYPE_PAX:
+            local_records.update(parse_pax(body))
+
+    def _merge_global(self, records: dict[bytes, bytes]) -> None:
+        # They live as long as the archive, so a hostile one must not pile them up.
+        self._global_records |= records
+        used = sum(len(key) + len(value) for key, value in self._global_records.items())
+        if used > _MAX_GLOBAL_RECORDS:
+            raise TarError(f"global PAX headers have more than {_MAX_GLOBAL_RECORDS} bytes")
+
+    def _exactly(self, length: int, what: str) -> bytes:
+        data = self._up_to(length)
+        self._position += len(data)
+        if len(data) < length:
+            raise self._truncated(what)
+        return data
+
+    def _up_to(self, length: int) -> bytes:
+        """Read `length` bytes, fewer only at the end of the stream; `_position` stays."""
+        data = self._stream.read(length)
+        if len(data) == length or not data:
+            return data
+        parts = [data]
+        missing = length - len(data)
+        while missing:
+            data = self._stream.read(missing)
+            if not data:
+                break
+            parts.append(data)
+            missing -= len(data)
+        return b"".join(parts)
+
+    def _skip(self, count: int, what: str) -> None:
+        while count:
+            count -= len(self._exactly(min(count, _SKIP_SIZE), what))
+
+    def _truncated(self, what: str) -> TarError:
+        return TarError(
+            f"archive ends inside {what}",
+            path=self._name,
+            entry=self._entry,
+            offset=self._position,
+        )

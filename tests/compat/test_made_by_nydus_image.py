@@ -1,0 +1,242 @@
+"""Replay the real tool's command lines with ours: the same bytes, reports and exit statuses.
+
+Every case is a folder of `fixtures/made-by-nydus-image`; its README explains the layout.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures_path import FIXTURES, needs_fixtures
+
+pytestmark = needs_fixtures
+
+MADE = FIXTURES / "made-by-nydus-image"
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+BYTE_EXACT = """
+tar-none tar-zstd tar-lz4 tar-none-sha256 tar-zstd-sha256 tar-chunk4k tar-chunk64k
+tar-big-1m tar-big-16m tar-big-64k-lz4 tar-toc tar-inline tar-inline-toc tar-inline-toc-lz4
+tar-inline-toc-none tar-blob-id tar-bootdir tar-repeatable tar-aligned tar-fifo targz-rafs
+tar-from-gz-autodetect tar-whiteout-none tar-whiteout-overlayfs tar-nodata tar-nodata-inline
+tar-nodata-inline-notoc tar-empty-zeroblocks tar-gnu tar-ustar
+prefetch-fs prefetch-fs-root prefetch-blob prefetch-nodata
+merge-separate merge-parent merge-mixed-compressor
+""".split()
+
+NEEDS_ROOT = """
+dir-zstd dir-none-64k dir-l2-none dir-inline-toc dir-prefetch-blob dir-repeatable
+dir-sparse-socket dir-hardlink-symlink dir-overlayfs
+""".split()
+
+# The real tool writes an empty second bootstrap beside each one of a directory; nobody
+# reads it, and we leave it out (docs/compatibility.md).
+NOT_WRITTEN = re.compile(r"\.external$|^external$")
+NOT_OUTPUT = re.compile(r"^(cmd|same-as|std(out|err)(\.\d+)?)\.txt$|\.json$")
+# These commands read a blob with inlined metadata, which is tested with `check`.
+OTHER_COMMAND = re.compile(r"nydus-image (check|inspect|unpack)")
+
+
+def expand(path: Path) -> bytes | None:
+    if path.exists():
+        return path.read_bytes()
+    packed = path.with_name(path.name + ".gz")
+    return gzip.decompress(packed.read_bytes()) if packed.exists() else None
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory):
+    """A folder with `inputs/` and `cases/`, and commands on PATH."""
+    top = tmp_path_factory.mktemp("made")
+    (top / "inputs").mkdir()
+    for path in (MADE / "inputs").iterdir():
+        (top / "inputs" / path.name).write_bytes(path.read_bytes())
+        if path.name.endswith(".tar.gz"):
+            unpacked = top / "inputs" / path.name.removesuffix(".gz")
+            unpacked.write_bytes(gzip.decompress(path.read_bytes()))
+    tools = top / "bin"
+    tools.mkdir()
+    programs = {
+        "nydus-image": "from builder.cli import main; sys.exit(main())",
+        "extract-image-boot": "from builder.bootstrap import inlined_bootstrap; "
+        "from pathlib import Path; "
+        "Path(sys.argv[2]).write_bytes(inlined_bootstrap(Path(sys.argv[1])))",
+    }
+    for name, text in programs.items():
+        script = tools / name
+        script.write_text(
+            f"#!{sys.executable}\nimport sys; sys.path.insert(0, {str(CHECKOUT)!r})\n{text}\n"
+        )
+        script.chmod(0o755)
+    return top
+
+
+def commands(case):
+    """Yield (command line, exit status) of a case."""
+    lines = (MADE / "cases" / case / "cmd.txt").read_text().splitlines()
+    return [
+        (line[2:], int(status.removeprefix("# exit ")))
+        for line, status in zip(lines[::2], lines[1::2], strict=True)
+    ]
+
+
+def replay(case, workplace):
+    """Run a case, check its exit statuses, and return its folder and the outputs of commands."""
+    folder = workplace / "cases" / case
+    folder.mkdir(parents=True)
+    environment = dict(os.environ, PATH=f"{workplace / 'bin'}:{os.environ['PATH']}")
+    outputs = []
+    where = "."
+    for line, status in commands(case):
+        if OTHER_COMMAND.search(line) and "create" not in line:
+            continue
+        # The transcript's `cd` holds only within its own line.
+        result = subprocess.run(
+            ["bash", "-c", line], cwd=folder / where, env=environment,
+            capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+        assert result.returncode == status, (line, result.stderr)
+        outputs.append(result)
+    return folder, outputs
+
+
+def expected_files(case):
+    """Return what a case must have made: names, and the bytes that may lie in another case."""
+    folder = MADE / "cases" / case
+    found = {}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder)).removesuffix(".gz")
+        if path.is_file() and not NOT_OUTPUT.search(path.name):
+            found[name] = expand(folder / name)
+    same = folder / "same-as.txt"
+    if same.exists():
+        for line in same.read_text().splitlines():
+            name, other = line.split()
+            found[name] = expand(folder / other.removesuffix(".gz"))
+    return {
+        name: data
+        for name, data in found.items()
+        if not NOT_WRITTEN.search(name) and not NOT_OUTPUT.search(name)
+    }
+
+
+def check_case(case, workplace):
+    folder, outputs = replay(case, workplace)
+    expected = expected_files(case)
+    assert expected, "a case without an output shows nothing"
+    for name, data in expected.items():
+        assert data is not None, f"{name}: the fixture names a file that it does not hold"
+        made = folder / name
+        assert made.exists(), f"{name} was not made"
+        assert made.read_bytes() == data, f"{name} differs"
+    made_files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    surplus = {n for n in made_files - set(expected) if not NOT_OUTPUT.search(n)}
+    assert not surplus, "files that the real tool does not leave"
+    check_reports(case, folder)
+    return folder, outputs
+
+
+def check_reports(case, folder):
+    """Compare reports: the same keys; equal values but for version and times."""
+    for path in (MADE / "cases" / case).glob("out*.json"):
+        ours, theirs = json.loads((folder / path.name).read_text()), json.loads(path.read_text())
+        assert ours.keys() == theirs.keys()
+        for key in ("bootstrap", "blobs", "fs_version", "compressor", "external_blobs"):
+            assert ours[key] == theirs[key], key
+        assert ours["trace"].keys() == theirs["trace"].keys()
+        events, expected = (r["trace"]["registered_events"] for r in (ours, theirs))
+        assert events.keys() == expected.keys()
+        for key in events.keys() - {"euid", "egid"}:
+            assert events[key] == expected[key], key
+
+
+@pytest.mark.parametrize("case", BYTE_EXACT)
+def test_same_bytes(case, workplace):
+    check_case(case, workplace)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="owners and device nodes need root")
+@pytest.mark.parametrize("case", NEEDS_ROOT)
+def test_same_bytes_from_a_directory(case, workplace):
+    check_case(case, workplace)
+
+
+def test_merge_of_inlined_bootstraps(workplace):
+    folder, _ = replay("merge-inline", workplace)
+    for name, data in expected_files("merge-inline").items():
+        if "/" not in name:
+            assert (folder / name).read_bytes() == data, f"{name} differs"
+
+
+def test_success_is_told_as_the_real_tool_does(workplace):
+    folder, (result,) = replay_once("tar-zstd", workplace)
+    lines = result.stderr.splitlines()
+    theirs = (MADE / "cases" / "tar-zstd" / "stderr.txt").read_text().splitlines()
+    assert re.sub(r"^\[.*?\] ", "", lines[0]) == theirs[0]
+    assert lines[1:] == theirs[1:]
+    assert result.stdout == ""
+    assert stat.S_IMODE((folder / "boot").stat().st_mode) == 0o644
+    blob = next(path for path in folder.iterdir() if len(path.name) == 64)
+    assert stat.S_IMODE(blob.stat().st_mode) == 0o600
+
+
+def replay_once(case, workplace):
+    folder = workplace / "cases" / f"{case}-again"
+    folder.mkdir(parents=True)
+    (line, _), = commands(case)
+    environment = dict(os.environ, PATH=f"{workplace / 'bin'}:{os.environ['PATH']}")
+    result = subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    return folder, [result]
+
+
+# Where the real tool is wrong and ours does not follow (docs/compatibility.md).
+BETTER = {
+    "tar-missing-parents": "entries without parents land in other directories",
+    "err-fifo-blank-dev": "blank device fields of a FIFO are refused",
+    "err-inline-blob-without-type": "an external blob is asked for",
+}
+
+ERRORS = """
+err-badlink err-chunk-3000 err-chunk-32m err-dir-is-tar err-empty-file
+err-feature err-gzip-compressor err-inline-and-bootstrap err-merge-count
+err-merge-mixed-chunk-size err-merge-none err-missing-source err-no-args err-no-blob-dir
+err-no-output err-sparse err-symhard err-tar-is-dir err-trunc err-xattr-bad
+""".split()
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_have_the_same_status_and_leave_nothing(case, workplace):
+    folder, outputs = replay(case, workplace)
+    last = outputs[-1]
+    if case != "err-no-args":
+        assert last.stderr.strip(), "an error without a word"
+        assert "Traceback" not in last.stderr
+    leftovers = [p.name for p in folder.iterdir() if p.name.startswith(".")]
+    assert not leftovers
+    if not case.startswith("err-merge"):
+        assert not list(folder.iterdir())
+
+
+def test_dotdot_is_an_error_and_no_panic(workplace):
+    folder = workplace / "cases" / "dotdot"
+    folder.mkdir()
+    result = subprocess.run(
+        [workplace / "bin" / "nydus-image", "create", "--type", "tar-rafs", "-B", "boot",
+         "-D", ".", "../../inputs/dots.tar"],
+        cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert ".." in result.stderr
+    assert not list(folder.iterdir())

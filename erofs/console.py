@@ -1,0 +1,100 @@
+"""What the command lines share: version, log lines, parser and progress; standard library only."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+__all__ = [
+    "LOG_LEVELS",
+    "CommandParser",
+    "ProgressLine",
+    "package_version",
+    "set_up_logging",
+]
+
+LOG_LEVELS = {
+    "trace": logging.DEBUG,
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "error": logging.ERROR,
+}
+_NAMES = {"WARNING": "WARN"}
+_PROGRESS_SECONDS = 0.2
+
+
+def package_version() -> str:
+    """Return the version of the installed package, or "unknown" when it only lies in a folder."""
+    try:
+        return version("nydus-erofs")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that speaks of wrong usage as the real tools do: exit status 2, no guessing."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong, the usage, and leave with status 2."""
+        usage = " ".join(self.format_usage().split())
+        usage = usage[:1].upper() + usage[1:]
+        self.exit(2, f"error: {message}\n\n{usage}\n\nFor more information, try '--help'.\n")
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.created))
+        micros = int(record.created % 1 * 1_000_000)
+        level = _NAMES.get(record.levelname, record.levelname)
+        text = f"[{moment}.{micros:06d} +00:00] {level} {record.getMessage()}"
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        return text
+
+
+def set_up_logging(level: str, path: Path | None) -> None:
+    """Send the log to standard error, or to a file; raise `OSError`."""
+    handler: logging.Handler
+    handler = logging.StreamHandler(sys.stderr) if path is None else logging.FileHandler(path)
+    handler.setFormatter(_Formatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(LOG_LEVELS[level])
+
+
+class ProgressLine:
+    """One line on a terminal that is written over; silent everywhere else.
+
+    Args:
+        what: what is being done.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._shown = 0.0
+        self.enabled = sys.stderr.isatty()
+
+    def show(self, done: int, total: int | None = None) -> None:
+        """Show bytes done, at most some times a second."""
+        now = time.monotonic()
+        if not self.enabled or now - self._shown < _PROGRESS_SECONDS:
+            return
+        self._shown = now
+        of = "" if total is None else f" of {total / 1e6:.0f}"
+        sys.stderr.write(f"\r{self._what}: {done / 1e6:.0f}{of} MB\033[K")
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """Take the line away again."""
+        if self.enabled and self._shown:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()

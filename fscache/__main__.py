@@ -1,0 +1,8 @@
+"""`python -m fscache` is `nydusd`."""
+
+import sys
+
+from fscache.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""What every backend is: readers of blobs by id, their errors, configurations and counters.
+
+No transport lives here; a registry or an object store is one more module beside this one.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from erofs.errors import NydusError
+
+__all__ = [
+    "AuthError",
+    "Backend",
+    "BackendConfig",
+    "BackendError",
+    "BackendMetrics",
+    "BlobReader",
+    "HttpProxyConfig",
+    "LocalFsConfig",
+    "NotFound",
+    "ShortRead",
+    "Unavailable",
+    "check_blob_id",
+]
+
+MAX_BLOB_ID_BYTES = 255
+
+# Upper ends of the classes in bytes and milliseconds; the eighth class has none (tools 8.1, 8.2).
+_SIZE_CLASSES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20)
+_LATENCY_CLASSES = (1, 20, 50, 100, 500, 1000, 2000)
+
+
+class BackendError(NydusError):
+    """A backend that does not give what was asked for.
+
+    Args:
+        what: what went wrong, one clause.
+        temporary: whether the same request may succeed a moment later.
+        where: the places of `NydusError`.
+    """
+
+    def __init__(self, what: str, *, temporary: bool = False, **where: object) -> None:
+        super().__init__(what, **where)
+        self.temporary = temporary
+
+
+class NotFound(BackendError, FileNotFoundError):
+    """The backend has no blob of this id."""
+
+    errno = errno.ENOENT
+
+
+class AuthError(BackendError):
+    """The backend refuses these credentials, or wants some."""
+
+
+class ShortRead(BackendError):
+    """Fewer bytes than asked for: a truncated blob or a broken transfer."""
+
+
+class Unavailable(BackendError):
+    """The backend cannot be reached, is overloaded, or takes too long."""
+
+
+def check_blob_id(blob_id: str) -> str:
+    """Return an id that is safe as one component of a path or URL, or raise `BackendError`.
+
+    Ids come from bootstraps and from requests, so they are hostile.
+    """
+    try:
+        length = len(blob_id.encode())
+    except UnicodeEncodeError as error:
+        raise BackendError("blob id is not text", blob=ascii(blob_id)[:80]) from error
+    if not 0 < length <= MAX_BLOB_ID_BYTES or blob_id[0] == "." or set(blob_id) & {"/", "\0"}:
+        raise BackendError("refused blob id", blob=ascii(blob_id)[:80])
+    return blob_id
+
+
+class BlobReader(Protocol):
+    """One blob of a backend; safe to use from many threads at once."""
+
+    @property
+    def blob_id(self) -> str:
+        """The id the reader was opened with."""
+
+    def size(self) -> int:
+        """Return the length of the stored blob in bytes; raise `BackendError`."""
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Return exactly `length` bytes of the stored blob from `offset`.
+
+        One attempt: the caller repeats it (`fscache.backend.retry`). The time one attempt
+        takes is bounded by the backend. Raises `BackendError`.
+        """
+
+
+class Backend(Protocol):
+    """A place that holds blobs."""
+
+    @property
+    def metrics(self) -> BackendMetrics:
+        """The counters of all readers of this backend."""
+
+    def open(self, blob_id: str) -> BlobReader:
+        """Return a reader; raise `BackendError` for an id that is refused.
+
+        Nothing is read or connected yet, and the reader holds nothing that needs closing.
+        """
+
+    def close(self) -> None:
+        """Drop idle connections; readers must not be used afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFsConfig:
+    """Backend `localfs` (tools 4.4): one file for every id, or directories of files by id."""
+
+    dir: Path | None = None
+    blob_file: Path | None = None
+    alt_dirs: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HttpProxyConfig:
+    """Backend `http-proxy` (tools 4.4); times in seconds.
+
+    Args:
+        addr: `http://` or `https://` address, or the absolute path of a unix socket.
+        path: prefix; a blob is `<path>/<blob id>`.
+        timeout: longest wait for the next bytes of an answer.
+        connect_timeout: longest wait for a connection.
+        retry_limit: accepted and without effect, as in nydusd.
+        skip_verify: accept any certificate.
+        ca_cert_files: PEM files of further authorities.
+        transfer_timeout: longest time for the body of one answer, so that a server which
+            sends a byte now and then does not hold a reader for ever.
+    """
+
+    addr: str
+    path: str = ""
+    timeout: float = 5.0
+    connect_timeout: float = 5.0
+    retry_limit: int = 0
+    skip_verify: bool = False
+    ca_cert_files: tuple[Path, ...] = ()
+    transfer_timeout: float = 45.0
+
+
+BackendConfig = LocalFsConfig | HttpProxyConfig
+
+
+class BackendMetrics:
+    """Counters of one backend in nydusd's shape (tools 8.2); safe to use from many threads."""
+
+    def __init__(self, backend_type: str) -> None:
+        self._lock = threading.Lock()
+        self._type = backend_type
+        self._count = self._errors = self._amount = 0
+        self._millis_by_size = [0] * 8
+        self._count_by_size = [0] * 8
+        self._by_size_and_latency = [[0] * 8 for _ in range(8)]
+
+    @contextmanager
+    def measure(self, length: int) -> Iterator[None]:
+        """Count the block as one read of `length` bytes, failed when it raises."""
+        begin = time.monotonic()
+        try:
+            yield
+        except BaseException:
+            with self._lock:
+                self._count += 1
+                self._errors += 1
+            raise
+        millis = int((time.monotonic() - begin) * 1000)
+        size_class = bisect_left(_SIZE_CLASSES, length)
+        latency_class = bisect_left(_LATENCY_CLASSES, millis)
+        with self._lock:
+            self._count += 1
+            self._amount += length
+            self._millis_by_size[size_class] += millis
+            self._count_by_size[size_class] += 1
+            self._by_size_and_latency[size_class][latency_class] += 1
+
+    def as_dict(self) -> dict[str, object]:
+        """Return a consistent copy under the names of the API."""
+        with self._lock:
+            return {
+                "backend_type": self._type,
+                "read_count": self._count,
+                "read_errors": self._errors,
+                "read_amount_total": self._amount,
+                "read_cumulative_latency_millis_total": sum(self._millis_by_size),
+                "read_cumulative_latency_millis_dist": list(self._millis_by_size),
+                "read_count_block_size_dist": list(self._count_by_size),
+                "read_latency_sizes_dist": [list(row) for row in self._by_size_and_latency],
+            }

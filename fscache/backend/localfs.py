@@ -1,0 +1,109 @@
+"""Backend `localfs`: blobs as files of a directory, or one file for every id.
+
+A file is opened for each read: the path is the truth, so a file that was replaced is read
+anew and one that was removed is missing, and thousands of blobs hold no descriptors.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fscache.backend.base import (
+    BackendError,
+    BackendMetrics,
+    LocalFsConfig,
+    NotFound,
+    ShortRead,
+    check_blob_id,
+)
+
+__all__ = ["LocalFsBackend", "LocalFsReader"]
+
+
+class LocalFsReader:
+    """Reads one blob from the first of its candidate paths that exists."""
+
+    def __init__(self, blob_id: str, paths: tuple[Path, ...], metrics: BackendMetrics) -> None:
+        self.blob_id = blob_id
+        self._paths = paths
+        self._metrics = metrics
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[int, Path]]:
+        for path in self._paths:
+            try:
+                # A FIFO of that name must not block the reader.
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise BackendError(
+                    f"cannot open ({error.strerror})", path=path, blob=self.blob_id
+                ) from error
+            try:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise BackendError("not a regular file", path=path, blob=self.blob_id)
+                yield fd, path
+            finally:
+                os.close(fd)
+            return
+        raise NotFound("no such blob", path=self._paths[0], blob=self.blob_id)
+
+    def size(self) -> int:
+        """Return the length of the file in bytes; raise `BackendError`."""
+        with self._open() as (fd, _):
+            return os.fstat(fd).st_size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Return exactly `length` bytes from `offset`; raise `BackendError`.
+
+        A file that ends too early is a permanent `ShortRead`.
+        """
+        with self._metrics.measure(length), self._open() as (fd, path):
+            try:
+                data = os.pread(fd, length, offset)
+                while len(data) < length:
+                    more = os.pread(fd, length - len(data), offset + len(data))
+                    if not more:
+                        raise ShortRead(
+                            "file ends too early",
+                            path=path,
+                            blob=self.blob_id,
+                            offset=offset,
+                            expected=f"{length} bytes",
+                            got=len(data),
+                        )
+                    data += more
+            except OSError as error:
+                raise BackendError(
+                    f"cannot read ({error.strerror})", path=path, blob=self.blob_id, offset=offset
+                ) from error
+            return data
+
+
+class LocalFsBackend:
+    """Blobs of local files (tools 4.4)."""
+
+    def __init__(self, config: LocalFsConfig) -> None:
+        self.metrics = BackendMetrics("localfs")
+        self._blob_file = config.blob_file
+        first = () if config.dir is None else (config.dir,)
+        self._dirs = first + config.alt_dirs
+        if self._blob_file is None and not self._dirs:
+            raise BackendError("localfs needs blob_file or dir")
+
+    def open(self, blob_id: str) -> LocalFsReader:
+        """Return a reader; raise `BackendError` for an id that is refused."""
+        check_blob_id(blob_id)
+        if self._blob_file is not None:
+            paths: tuple[Path, ...] = (self._blob_file,)
+        else:
+            paths = tuple(directory / blob_id for directory in self._dirs)
+        return LocalFsReader(blob_id, paths, self.metrics)
+
+    def close(self) -> None:
+        """Do nothing: files are open only while they are read."""

@@ -1,0 +1,250 @@
+"""From byte ranges of a blob's uncompressed space to chunks: checked columns and bisection.
+
+Pure: nothing is read or written here. A *position* is a chunk's place in the order of
+uncompressed offsets; its *index* is its place in the blob's compression table, which is what
+the chunk map on disk counts. The table of a bootstrap names only chunks that files refer to.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
+
+from erofs.errors import CorruptStructure, OutOfBounds, UnsupportedFeature, error_context
+from erofs.layout import BLOCK_SIZE
+from erofs.rafs import (
+    BLOB_FEATURES_INCOMPATIBLE,
+    MAX_CHUNK_SIZE,
+    MAX_CHUNKS_PER_BLOB,
+    MAX_COMPRESSED_SIZE,
+    MAX_UNCOMPRESSED_SIZE,
+    MIN_CHUNK_SIZE,
+    BlobEntry,
+    BlobFeatures,
+    ChunkFlags,
+    ChunkInfo,
+    Cipher,
+    Compressor,
+    Digester,
+)
+from erofs.view import align_up
+
+__all__ = ["BlobMap"]
+
+DIGEST_BYTES = 32
+
+_UNSUPPORTED_FEATURES = (
+    BlobFeatures.BATCH,
+    BlobFeatures.ZRAN,
+    BlobFeatures.ENCRYPTED,
+    BlobFeatures.CHUNK_INFO_V2,
+    BlobFeatures.TARFS,
+    BlobFeatures.EXTERNAL,
+    BlobFeatures.SEPARATE,
+)
+_SUPPORTED_CHUNK_FLAGS = ChunkFlags.COMPRESSED | ChunkFlags.HAS_CRC
+
+
+def _check_entry(entry: BlobEntry) -> None:
+    for feature in _UNSUPPORTED_FEATURES:
+        if entry.features & feature:
+            raise UnsupportedFeature(f"blob feature {feature.name} is not supported on demand")
+    if entry.features & BLOB_FEATURES_INCOMPATIBLE:
+        raise UnsupportedFeature("unknown incompatible blob features", got=hex(entry.features))
+    if entry.cipher != Cipher.NONE:
+        raise UnsupportedFeature("blob cipher is not supported", got=entry.cipher)
+    if entry.compressor not in (Compressor.NONE, Compressor.LZ4_BLOCK, Compressor.ZSTD):
+        raise UnsupportedFeature("blob compressor is not supported", got=entry.compressor)
+    if entry.digester not in tuple(Digester):
+        raise UnsupportedFeature("blob digester is not supported", got=entry.digester)
+    size = entry.chunk_size
+    if not MIN_CHUNK_SIZE <= size <= MAX_CHUNK_SIZE or size & (size - 1):
+        raise CorruptStructure("bad chunk size", got=size)
+    if not 0 < entry.chunk_count <= MAX_CHUNKS_PER_BLOB:
+        raise CorruptStructure("bad chunk count", got=entry.chunk_count)
+    if entry.compressed_size > MAX_COMPRESSED_SIZE:
+        raise OutOfBounds("compressed size too large", got=entry.compressed_size)
+    if not 0 < entry.uncompressed_size <= MAX_UNCOMPRESSED_SIZE:
+        raise OutOfBounds("bad uncompressed size", got=entry.uncompressed_size)
+
+
+def _check_chunk(entry: BlobEntry, chunk: ChunkInfo) -> None:
+    """Raise `FormatError` unless the chunk is sound by itself and lies inside of its blob."""
+    if chunk.blob_index != entry.blob_index:
+        raise CorruptStructure("other blob", expected=entry.blob_index, got=chunk.blob_index)
+    if chunk.chunk_index >= entry.chunk_count:
+        raise OutOfBounds(
+            "index too large", expected=f"below {entry.chunk_count}", got=chunk.chunk_index
+        )
+    if chunk.flags & ~_SUPPORTED_CHUNK_FLAGS:
+        raise UnsupportedFeature("chunk flags are not supported", got=hex(chunk.flags))
+    if not 0 < chunk.uncompressed_size <= entry.chunk_size:
+        raise OutOfBounds(
+            "bad uncompressed size",
+            expected=f"1 to {entry.chunk_size}",
+            got=chunk.uncompressed_size,
+        )
+    if chunk.uncompressed_offset % BLOCK_SIZE:
+        raise CorruptStructure("uncompressed offset not aligned", got=chunk.uncompressed_offset)
+    if chunk.uncompressed_offset + chunk.uncompressed_size > entry.uncompressed_size:
+        raise OutOfBounds("ends outside of the blob's uncompressed space")
+    # The entry of a generated chunk dictionary does not know the size of its blob (spec 4.12).
+    generated = entry.features & BlobFeatures.IS_CHUNKDICT_GENERATED
+    stored_size = MAX_COMPRESSED_SIZE if generated else entry.compressed_size
+    if chunk.compressed_offset + chunk.compressed_size > stored_size:
+        raise OutOfBounds("ends outside of the stored blob")
+    if not chunk.is_compressed:
+        if chunk.compressed_size != chunk.uncompressed_size:
+            raise CorruptStructure(
+                "stored size of a chunk that is not compressed",
+                expected=chunk.uncompressed_size,
+                got=chunk.compressed_size,
+            )
+    elif entry.compressor == Compressor.NONE:
+        raise CorruptStructure("compressed chunk in a blob without compressor")
+    # Builders store a chunk plainly when compression does not make it smaller (spec 4.3).
+    elif not 0 < chunk.compressed_size <= chunk.uncompressed_size:
+        raise CorruptStructure("bad compressed size", got=chunk.compressed_size)
+
+
+class BlobMap:
+    """The referenced chunks of one blob, as columns in the order of uncompressed offsets.
+
+    `uncompressed_size` is that of the data file, in whole pages.
+
+    Args:
+        entry: the blob's entry in the blob table.
+        chunks: all entries of the chunk info table that belong to it, in any order.
+
+    Raises:
+        FormatError: naming blob and chunk; `UnsupportedFeature` for batch, zran, tarfs,
+            external, separate, encrypted blobs and those with version 2 chunk tables.
+    """
+
+    def __init__(self, entry: BlobEntry, chunks: Iterable[ChunkInfo]) -> None:
+        rows = sorted(chunks, key=attrgetter("uncompressed_offset"))
+        self.blob_id = entry.id
+        with error_context(blob=entry.id):
+            _check_entry(entry)
+            for row in rows:
+                with error_context(chunk=row.chunk_index):
+                    _check_chunk(entry, row)
+        self.chunk_count = entry.chunk_count
+        # Generated chunk dictionaries have sizes that are not aligned; pages are whole.
+        self.uncompressed_size = align_up(entry.uncompressed_size, BLOCK_SIZE)
+        self.compressor = Compressor(entry.compressor)
+        self.digester = Digester(entry.digester)
+        self.indexes = array("I", [row.chunk_index for row in rows])
+        self.uncompressed_offsets = array("Q", [row.uncompressed_offset for row in rows])
+        self.uncompressed_sizes = array("I", [row.uncompressed_size for row in rows])
+        self.compressed_offsets = array("Q", [row.compressed_offset for row in rows])
+        self.compressed_sizes = array("I", [row.compressed_size for row in rows])
+        self.compressed = bytes(row.is_compressed for row in rows)
+        self._digests = b"".join([row.digest for row in rows])
+        with error_context(blob=entry.id):
+            self._gaps_before = self._count_gaps()
+            if len(set(self.indexes)) != len(rows):
+                raise CorruptStructure("two chunks with one index")
+
+    def __len__(self) -> int:
+        return len(self.indexes)
+
+    def _count_gaps(self) -> array[int]:
+        """Return how many gaps lie before each chunk; raise when two chunks overlap."""
+        gaps = array("I")
+        count = 0
+        end = 0
+        for position, offset in enumerate(self.uncompressed_offsets):
+            if offset < end:
+                raise CorruptStructure(
+                    "chunk overlaps the one before", chunk=self.indexes[position], offset=offset
+                )
+            count += offset > end
+            gaps.append(count)
+            end = self.page_end(position)
+        return gaps
+
+    def page_end(self, position: int) -> int:
+        """Return the uncompressed offset behind the chunk's last page."""
+        return align_up(
+            self.uncompressed_offsets[position] + self.uncompressed_sizes[position], BLOCK_SIZE
+        )
+
+    def digest(self, position: int) -> bytes:
+        """Return the digest that the uncompressed chunk must have."""
+        return self._digests[position * DIGEST_BYTES : (position + 1) * DIGEST_BYTES]
+
+    def chunks_in(self, offset: int, length: int) -> range:
+        """Return the positions of the chunks that hold a range of the uncompressed space.
+
+        Raises `OutOfBounds` when a page of the range belongs to no referenced chunk: nothing
+        could ever fill it, so it must not be read as zeros.
+        """
+        end = offset + length
+        if offset < 0 or length < 0 or end > self.uncompressed_size:
+            raise OutOfBounds(
+                "range outside of the blob's uncompressed space",
+                blob=self.blob_id,
+                offset=offset,
+                expected=f"below {self.uncompressed_size:#x}",
+                got=f"{length} bytes",
+            )
+        if length == 0:
+            return range(0)
+        first = bisect_right(self.uncompressed_offsets, offset) - 1
+        stop = bisect_left(self.uncompressed_offsets, end)
+        if (
+            first < 0
+            or offset >= self.page_end(first)
+            or end > self.page_end(stop - 1)
+            or self._gaps_before[first] != self._gaps_before[stop - 1]
+        ):
+            raise OutOfBounds(
+                f"range of {length} bytes with pages that belong to no referenced chunk",
+                blob=self.blob_id,
+                offset=offset,
+            )
+        return range(first, stop)
+
+    def groups(self, positions: Sequence[int], max_bytes: int) -> Iterator[range]:
+        """Join ascending positions into runs that one range of the stored blob covers.
+
+        A run has neighbouring positions, touching compressed ranges, and at most `max_bytes`
+        compressed bytes; a larger chunk is a run of its own.
+        """
+        if not positions:
+            return
+        first = last = positions[0]
+        for position in positions[1:]:
+            if (
+                position == last + 1
+                and self.compressed_end(last) == self.compressed_offsets[position]
+                and self.compressed_end(position) - self.compressed_offsets[first] <= max_bytes
+            ):
+                last = position
+                continue
+            yield range(first, last + 1)
+            first = last = position
+        yield range(first, last + 1)
+
+    def compressed_end(self, position: int) -> int:
+        """Return the offset in the stored blob behind the chunk."""
+        return self.compressed_offsets[position] + self.compressed_sizes[position]
+
+    def covered_by(self, ranges: Iterable[tuple[int, int]]) -> bytearray:
+        """Return one byte for each position: 1 when one of the ranges holds all its pages.
+
+        Args:
+            ranges: ascending, separate `(start, end)` pairs of the uncompressed space.
+        """
+        covered = bytearray(len(self))
+        for start, end in ranges:
+            first = bisect_left(self.uncompressed_offsets, start)
+            stop = bisect_left(self.uncompressed_offsets, end)
+            if first < stop and self.page_end(stop - 1) > end:
+                stop -= 1
+            if first < stop:
+                covered[first:stop] = b"\1" * (stop - first)
+        return covered

@@ -1,0 +1,188 @@
+"""One blob of an image with its cache: how a chunk gets from the backend into the data file.
+
+No threads and no waiting here; who fetches what and when is `fscache.fetcher`'s business.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from erofs.codec import decompress
+from erofs.digest import digest
+from erofs.errors import CodecError, IntegrityError, error_context
+from erofs.rafs import BlobEntry, ChunkInfo
+from fscache.backend.base import BlobReader
+from fscache.blobmap import BlobMap
+from fscache.cachefile import CacheError, CacheFile
+from fscache.chunkmap import ChunkMap
+from fscache.metrics import CacheMetrics
+
+__all__ = ["CachedBlob"]
+
+logger = logging.getLogger(__name__)
+
+
+class CachedBlob:
+    """Reader, map, data file and chunk map of one blob; made by `open`, used by one `Fetcher`.
+
+    `map` and `chunks` are the tables, `cache` is the data file, which this object owns.
+    """
+
+    def __init__(
+        self,
+        reader: BlobReader,
+        blob_map: BlobMap,
+        cache: CacheFile,
+        chunks: ChunkMap,
+        metrics: CacheMetrics,
+        on_complete: Callable[[], None] | None,
+    ) -> None:
+        self.blob_id = reader.blob_id
+        self.map = blob_map
+        self.cache = cache
+        self.chunks = chunks
+        self.metrics = metrics
+        self._reader = reader
+        self._on_complete = on_complete
+        self._lock = threading.Lock()
+        self._users = 0
+        self._closed = False
+        self._completed = False
+        metrics.add_file(cache.path.name, chunks.ready_count)
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path,
+        entry: BlobEntry,
+        chunks: Iterable[ChunkInfo],
+        reader: BlobReader,
+        metrics: CacheMetrics,
+        on_complete: Callable[[], None] | None = None,
+    ) -> CachedBlob:
+        """Check the tables, open or create the data file, and load the chunk map.
+
+        Args:
+            directory: the work directory, which must not be marked (ondemand 5.8).
+            entry: the blob table entry.
+            chunks: the chunk info table entries of this blob.
+            reader: where the blob is stored; its id names the files.
+            metrics: counters of the image.
+            on_complete: called once by a thread of the fetcher when the last referenced chunk
+                is ready and durable, also when that was so from the start.
+
+        Raises `FormatError`, `CacheError`, and `BackendError` for a refused id.
+        """
+        blob_map = BlobMap(entry, chunks)
+        cache = CacheFile.open(directory, reader.blob_id, blob_map.uncompressed_size)
+        try:
+            chunk_map = ChunkMap(cache.map_path, blob_map.chunk_count, blob_map.indexes)
+            chunk_map.load(blob_map.covered_by(cache.data_ranges()))
+        except BaseException:
+            cache.close()
+            raise
+        return cls(reader, blob_map, cache, chunk_map, metrics, on_complete)
+
+    @property
+    def path(self) -> Path:
+        """The data file."""
+        return self.cache.path
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every referenced chunk is ready, perhaps not yet durable."""
+        return self.chunks.is_complete
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the descriptor open during the block; raise `CacheError` after `close`."""
+        with self._lock:
+            if self._closed:
+                raise CacheError("blob is closed", blob=self.blob_id)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                last = self._closed and self._users == 0
+            if last:
+                self.cache.close()
+
+    def close(self) -> None:
+        """Refuse further use; the descriptor is closed when its last user is done."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            idle = self._users == 0
+        self.metrics.remove_file(self.cache.path.name, self.chunks.ready_count)
+        if idle:
+            self.cache.close()
+
+    def read(self, positions: range) -> bytes:
+        """Return the stored bytes of a run of `BlobMap.groups`, one attempt.
+
+        Raises `BackendError`.
+        """
+        start = self.map.compressed_offsets[positions[0]]
+        length = self.map.compressed_end(positions[-1]) - start
+        data = self._reader.read_at(start, length)
+        if len(data) != length:
+            raise IntegrityError(
+                "backend gave the wrong length",
+                blob=self.blob_id,
+                offset=start,
+                expected=length,
+                got=len(data),
+            )
+        return data
+
+    def store(self, position: int, stored: memoryview) -> None:
+        """Decompress a chunk, verify its digest, and write it; nothing bad is ever written.
+
+        Raises `CodecError`, `IntegrityError`, `CacheError`.
+        """
+        table = self.map
+        with error_context(blob=self.blob_id, chunk=table.indexes[position]):
+            data: bytes | memoryview = stored
+            if table.compressed[position]:
+                try:
+                    data = decompress(table.compressor, stored, table.uncompressed_sizes[position])
+                except CodecError:
+                    self.metrics.digest_failure()
+                    raise
+            expected = table.digest(position)
+            got = digest(table.digester, data)
+            if got != expected:
+                self.metrics.digest_failure()
+                raise IntegrityError(
+                    "chunk has the wrong digest", expected=expected.hex(), got=got.hex()
+                )
+            self.cache.write(table.uncompressed_offsets[position], data)
+
+    def sync(self) -> None:
+        """Make ready chunks durable, and tell `on_complete` when those are all; once.
+
+        Raises `CacheError`.
+        """
+        with self.in_use():
+            if not self.chunks.sync(self.cache):
+                return
+            with self._lock:
+                if self._completed:
+                    return
+                self._completed = True
+            self.metrics.complete_file(self.cache.path.name)
+            logger.info("blob %s is complete", self.blob_id)
+            if self._on_complete is not None:
+                self._on_complete()
+
+    @property
+    def wants_sync(self) -> bool:
+        """Whether `sync` has something to do."""
+        return self.chunks.is_dirty or (self.chunks.is_complete and not self._completed)

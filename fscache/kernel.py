@@ -1,0 +1,231 @@
+"""The system calls that Python has no function for: fanotify and the mount API.
+
+Each function is one call: it raises `OSError` with the kernel's errno and hands new
+descriptors (always close-on-exec) to the caller, who owns them. No policy lives here:
+no retries, no defaults, no state. cffi releases the GIL around each call, so a thread
+that waits in the kernel for an event of this very process does not stop the others.
+
+Source: Linux `include/uapi/linux/fanotify.h`, `include/uapi/linux/mount.h`; spec
+ondemand 5.2 and 8.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cffi
+
+__all__ = [
+    "AT_FDCWD",
+    "FAN_CLASS_PRE_CONTENT",
+    "FAN_CLOEXEC",
+    "FAN_EVENT_ON_CHILD",
+    "FAN_MARK_ADD",
+    "FAN_MARK_IGNORE_SURV",
+    "FAN_MARK_REMOVE",
+    "FAN_NONBLOCK",
+    "FAN_PRE_ACCESS",
+    "FAN_UNLIMITED_MARKS",
+    "FAN_UNLIMITED_QUEUE",
+    "MNT_DETACH",
+    "MOUNT_ATTR_RDONLY",
+    "UMOUNT_NOFOLLOW",
+    "fanotify_init",
+    "fanotify_mark",
+    "fsconfig_create",
+    "fsconfig_flag",
+    "fsconfig_string",
+    "fsmount",
+    "fsopen",
+    "move_mount",
+    "umount",
+]
+
+FAN_CLOEXEC = 0x1
+FAN_NONBLOCK = 0x2
+FAN_CLASS_PRE_CONTENT = 0x8
+FAN_UNLIMITED_QUEUE = 0x10
+FAN_UNLIMITED_MARKS = 0x20
+
+FAN_MARK_ADD = 0x1
+FAN_MARK_REMOVE = 0x2
+FAN_MARK_IGNORE_SURV = 0x440
+
+FAN_PRE_ACCESS = 0x00100000
+FAN_EVENT_ON_CHILD = 0x08000000
+
+AT_FDCWD = -100
+
+MOUNT_ATTR_RDONLY = 0x1
+MNT_DETACH = 0x2
+UMOUNT_NOFOLLOW = 0x8
+
+_FSOPEN_CLOEXEC = 0x1
+_FSMOUNT_CLOEXEC = 0x1
+_FSCONFIG_SET_FLAG = 0
+_FSCONFIG_SET_STRING = 1
+_FSCONFIG_CMD_CREATE = 6
+_MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_LOG_LINE_BYTES = 4096
+
+
+class _Numbers(NamedTuple):
+    fanotify_init: int
+    fanotify_mark: int
+    move_mount: int = 429
+    fsopen: int = 430
+    fsconfig: int = 431
+    fsmount: int = 432
+
+
+_NUMBERS = {
+    "x86_64": _Numbers(fanotify_init=300, fanotify_mark=301),
+    "aarch64": _Numbers(fanotify_init=262, fanotify_mark=263),
+}
+
+
+@functools.cache
+def _libc() -> tuple[cffi.FFI, Any]:
+    ffi = cffi.FFI()
+    # syscall(2) is variadic in C, but takes all its arguments in registers as any other
+    # function does, and words spare a cast for each argument.
+    ffi.cdef(
+        """
+        long syscall(long number, long a, long b, long c, long d, long e);
+        int umount2(const char *target, int flags);
+        """
+    )
+    return ffi, ffi.dlopen(None)
+
+
+@functools.cache
+def _numbers() -> _Numbers:
+    machine = os.uname().machine
+    numbers = _NUMBERS.get(machine)
+    if numbers is None or struct.calcsize("P") != 8:
+        raise OSError(
+            errno.ENOSYS,
+            f"no system call numbers for this machine (known: {', '.join(_NUMBERS)}, 64 bits)",
+            machine,
+        )
+    return numbers
+
+
+def _text(value: str | bytes | Path) -> bytes:
+    raw = os.fsencode(value)
+    if b"\0" in raw:
+        raise OSError(errno.EINVAL, "NUL in a string for the kernel", repr(value))
+    return raw
+
+
+def _call(what: str, number: int, *args: int | bytes | None) -> int:
+    """Make one system call; `what` becomes the file name of the `OSError`."""
+    ffi, libc = _libc()
+    # `keep` owns the C strings until the call is over.
+    keep = [ffi.new("char[]", arg) if isinstance(arg, bytes) else arg for arg in args]
+    words = [
+        0 if item is None else item if isinstance(item, int) else int(ffi.cast("intptr_t", item))
+        for item in keep
+    ]
+    words += [0] * (5 - len(words))
+    result = int(libc.syscall(number, *words))
+    if result < 0:
+        code = ffi.errno
+        raise OSError(code, os.strerror(code), what)
+    return result
+
+
+def fanotify_init(flags: int, event_flags: int) -> int:
+    """Create a fanotify group and return its descriptor; the caller owns it.
+
+    Args:
+        flags: `FAN_CLASS_*` and friends; `FAN_CLOEXEC` is added.
+        event_flags: open flags of the descriptors that events carry.
+    """
+    return _call("fanotify_init", _numbers().fanotify_init, flags | FAN_CLOEXEC, event_flags)
+
+
+def fanotify_mark(group: int, flags: int, mask: int, target: Path | int) -> None:
+    """Add or remove a mark on a path, or on what an open descriptor refers to."""
+    number = _numbers().fanotify_mark
+    if isinstance(target, int):
+        _call(f"descriptor {target}", number, group, flags, mask, target, None)
+    else:
+        _call(str(target), number, group, flags, mask, AT_FDCWD, _text(target))
+
+
+def fsopen(filesystem: str) -> int:
+    """Open a configuration context for a new file system instance; the caller owns it."""
+    return _call(filesystem, _numbers().fsopen, _text(filesystem), _FSOPEN_CLOEXEC)
+
+
+def _read_log(context: int) -> list[str]:
+    """Read the messages that the kernel left in a context; `e`, `w` and `i` mark their level."""
+    lines: list[str] = []
+    while True:
+        try:
+            line = os.read(context, _LOG_LINE_BYTES)
+        except OSError:
+            # ENODATA: no more messages. Anything else must not hide the error being told.
+            return lines
+        if not line:
+            return lines
+        lines.append(line.decode("utf-8", "backslashreplace").strip())
+
+
+def _configure(context: int, what: str, number: int, *args: int | bytes | None) -> int:
+    """Call on a context; an error carries the messages that the kernel left there."""
+    try:
+        return _call(what, number, context, *args)
+    except OSError as error:
+        lines = _read_log(context)
+        if not lines:
+            raise
+        text = f"{error.strerror} (kernel: {'; '.join(lines)})"
+        raise OSError(error.errno, text, what) from error
+
+
+def fsconfig_flag(context: int, key: str) -> None:
+    """Set an option without a value."""
+    number = _numbers().fsconfig
+    _configure(context, key, number, _FSCONFIG_SET_FLAG, _text(key), None, 0)
+
+
+def fsconfig_string(context: int, key: str, value: str | bytes | Path) -> None:
+    """Set an option to a string, which has to be shorter than 256 bytes (else `EINVAL`)."""
+    what = f"{key}={os.fsdecode(value)}"
+    number = _numbers().fsconfig
+    _configure(context, what, number, _FSCONFIG_SET_STRING, _text(key), _text(value), 0)
+
+
+def fsconfig_create(context: int) -> None:
+    """Create the file system instance; paths of options are resolved now, from the cwd."""
+    number = _numbers().fsconfig
+    _configure(context, "fsconfig(create)", number, _FSCONFIG_CMD_CREATE, None, None, 0)
+
+
+def fsmount(context: int, attributes: int) -> int:
+    """Return the instance as a mount that is nowhere attached; the caller owns it.
+
+    The mount goes away with its descriptor unless `move_mount` has attached it.
+    """
+    return _configure(context, "fsmount", _numbers().fsmount, _FSMOUNT_CLOEXEC, attributes)
+
+
+def move_mount(mount: int, target: Path) -> None:
+    """Attach a mount descriptor at a directory."""
+    number = _numbers().move_mount
+    _call(str(target), number, mount, b"", AT_FDCWD, _text(target), _MOVE_MOUNT_F_EMPTY_PATH)
+
+
+def umount(target: Path, flags: int) -> None:
+    """Unmount what is on top of `target` (`MNT_DETACH`: lazily, `UMOUNT_NOFOLLOW`: no links)."""
+    ffi, libc = _libc()
+    if libc.umount2(_text(target), flags) < 0:
+        code = ffi.errno
+        raise OSError(code, os.strerror(code), str(target))

@@ -1,0 +1,46 @@
+"""Kernel requests become fetches: which file is which blob, and who answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from erofs.errors import NydusError
+from fscache.cachedblob import CachedBlob
+from fscache.channel import ReadRequest, Reply
+from fscache.fetcher import Fetcher
+
+__all__ = ["Service"]
+
+
+class Service:
+    """The handler of a channel: answers each request once its bytes are there.
+
+    Blobs are known by device and inode of their data file, never by a name.
+    """
+
+    def __init__(self, fetcher: Fetcher) -> None:
+        self._fetcher = fetcher
+        self._blobs: dict[tuple[int, int], CachedBlob] = {}
+
+    def add(self, blob: CachedBlob) -> None:
+        """Serve a blob from now on."""
+        self._blobs[blob.cache.inode] = blob
+
+    def handle(self, request: ReadRequest, reply: Reply) -> None:
+        """Allow when the range is ready, deny when it cannot be made so; never blocks."""
+        blob = self._blobs.get((request.device, request.inode))
+        if blob is None:
+            # A hole of a file that nobody fills would be read as zeros.
+            reply.deny("not a file of a served image")
+            return
+        self._fetcher.request(blob, request.offset, request.length, _answer(reply))
+
+
+def _answer(reply: Reply) -> Callable[[NydusError | None], None]:
+    def done(error: NydusError | None) -> None:
+        if error is None:
+            reply.allow()
+        else:
+            reply.deny(error)
+
+    return done

@@ -1,0 +1,167 @@
+"""The directory through which one daemon's mounts open the data files.
+
+The data of a blob are in `<work dir>/<blob id>.blob.data`, in a directory that is never
+marked. Each daemon has a private directory beside them, `<work dir>/serve-<random>/`, with
+a hard link to each data file that it serves; only this directory is marked for fanotify
+events, and EROFS opens the devices through it. So writers never wait for themselves, and
+daemons that share data files do not ask each other.
+
+A lock on the open directory tells that its daemon lives; the lock moves with a copy of
+the descriptor and ends with its last one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from erofs.errors import NydusError
+
+__all__ = ["ServeDirectory", "StoreError", "remove_stale"]
+
+_log = logging.getLogger(__name__)
+
+_PREFIX = "serve-"
+_ATTEMPTS = 100
+_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class StoreError(NydusError):
+    """The work directory cannot hold what the daemon needs, or a name does not fit in it."""
+
+
+def _store_error(what: str, error: OSError, path: Path) -> StoreError:
+    failure = StoreError(f"{what}: {error.strerror}", path=path)
+    if error.errno is not None:
+        failure.errno = error.errno
+    return failure
+
+
+def _lock(path: Path) -> int | None:
+    """Open and lock a directory; None when it is in use or gone. The caller owns the result."""
+    try:
+        fd = os.open(path, _DIRECTORY_FLAGS)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between open and lock somebody else may have locked, removed and unlocked it.
+        if os.path.samestat(os.fstat(fd), os.lstat(path)):
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def _empty(fd: int, path: Path) -> None:
+    for name in os.listdir(fd):
+        os.unlink(name, dir_fd=fd)
+    path.rmdir()
+
+
+class ServeDirectory:
+    """A private directory of hard links, locked as long as this object (or a copy of `fd`) lives.
+
+    Make one with `create`. `fd` is the locked descriptor; `directory` is absolute.
+    """
+
+    def __init__(self, directory: Path, fd: int) -> None:
+        self.directory = directory
+        self.fd = fd
+
+    @classmethod
+    def create(cls, work_dir: Path) -> ServeDirectory:
+        """Make and lock `serve-<random>` (mode 0700) below `work_dir`; raise `StoreError`."""
+        for _ in range(_ATTEMPTS):
+            path = work_dir.absolute() / (_PREFIX + secrets.token_hex(4))
+            try:
+                path.mkdir(mode=0o700)
+                fd = _lock(path)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise _store_error("cannot make a serve directory", error, path) from error
+            # None: a `remove_stale` of another daemon was between our two steps.
+            if fd is not None:
+                return cls(path, fd)
+        raise StoreError("found no free name for a serve directory", path=work_dir)
+
+    def path(self, blob_id: str) -> Path:
+        """Return where the link of a blob is; raise `StoreError` for an id that is no name."""
+        if blob_id in ("", ".", "..") or "/" in blob_id or "\0" in blob_id:
+            raise StoreError("blob id is not a file name", blob=repr(blob_id))
+        return self.directory / blob_id
+
+    def link(self, blob_id: str, data_file: Path) -> Path:
+        """Add the hard link of a blob's data file, before its mount; return the link.
+
+        A link that is there already must be of the same file.
+
+        Raises:
+            StoreError: not linked, or another file has the name.
+        """
+        path = self.path(blob_id)
+        try:
+            info = data_file.lstat()
+            if not stat.S_ISREG(info.st_mode):
+                raise StoreError("data file is not a regular file", path=data_file)
+            try:
+                os.link(data_file, path, follow_symlinks=False)
+            except FileExistsError:
+                if not os.path.samestat(info, path.lstat()):
+                    raise StoreError("another file is served under this id", path=path) from None
+        except OSError as error:
+            raise _store_error(f"cannot link {data_file}", error, path) from error
+        return path
+
+    def unlink(self, blob_id: str) -> None:
+        """Remove a blob's link, after its last mount is gone; fine when there is none."""
+        path = self.path(blob_id)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _store_error("cannot remove the link", error, path) from error
+
+    def remove(self) -> None:
+        """Delete the directory and its links and release the lock, after all mounts are gone."""
+        if self.fd < 0:
+            return
+        fd, self.fd = self.fd, -1
+        try:
+            _empty(fd, self.directory)
+        except OSError as error:
+            raise _store_error(
+                "cannot remove the serve directory", error, self.directory
+            ) from error
+        finally:
+            os.close(fd)
+
+
+def remove_stale(work_dir: Path) -> list[Path]:
+    """Delete the serve directories whose daemon is gone and return them.
+
+    The data files stay: only their links go. What cannot be deleted is logged and left.
+    """
+    removed = []
+    for path in sorted(work_dir.absolute().glob(_PREFIX + "*")):
+        try:
+            fd = _lock(path)
+            if fd is None:
+                continue
+            try:
+                _empty(fd, path)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            _log.warning("stale serve directory stays: %s", error)
+            continue
+        removed.append(path)
+    return removed

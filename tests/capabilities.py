@@ -1,0 +1,67 @@
+"""What this machine lets the tests do, found out by trying; used through `requires`."""
+
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from fscache.loop import LoopDevice, LoopError
+from fscache.probe import lazy_supported, probe
+
+CI = os.environ.get("CI") == "true"
+
+
+@functools.cache
+def _findings():
+    with tempfile.TemporaryDirectory() as directory:
+        return probe(Path(directory))
+
+
+def _root():
+    return None if os.geteuid() == 0 else "not root"
+
+
+def _erofs_mount():
+    finding = next(finding for finding in _findings() if finding.name == "file-backed")
+    return None if finding.ok else finding.detail
+
+
+def _fanotify():
+    finding = lazy_supported(_findings())
+    return None if finding.ok else finding.detail
+
+
+def _loop():
+    with tempfile.NamedTemporaryFile() as file:
+        file.truncate(4096)
+        try:
+            LoopDevice.attach(Path(file.name)).close()
+        except LoopError as error:
+            return str(error)
+    return None
+
+
+_PROBES = {"root": _root, "erofs_mount": _erofs_mount, "fanotify": _fanotify, "loop": _loop}
+
+
+@functools.cache
+def missing(capability):
+    """Return why a capability of kernel or privilege is not there, or None."""
+    return _PROBES[capability]()
+
+
+def requires(*capabilities):
+    """Skip a test or module, with the reason, where the machine cannot do it."""
+    reasons = [f"{name}: {reason}" for name in capabilities if (reason := missing(name))]
+    return pytest.mark.skipif(bool(reasons), reason="; ".join(reasons) or "all there")
+
+
+def need_tool(name):
+    """Return the path of a program; without it skip, or fail under CI=true."""
+    path = shutil.which(name)
+    if path is None:
+        (pytest.fail if CI else pytest.skip)(f"{name} is not installed")
+    return path

@@ -1,0 +1,322 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from fakes.blob_server import BlobServer
+
+from erofs.errors import NydusError
+from fscache.backend import (
+    AuthError,
+    BackendError,
+    HttpProxyConfig,
+    LocalFsConfig,
+    NotFound,
+    ShortRead,
+    Unavailable,
+    check_blob_id,
+    open_backend,
+)
+from fscache.backend.retry import RetryPolicy
+
+DATA = bytes(range(256)) * 4096  # 1 MiB
+BLOB = "a" * 64
+
+
+@pytest.fixture
+def server():
+    with BlobServer({BLOB: DATA}) as server:
+        yield server
+
+
+@pytest.fixture
+def http(server):
+    backend = open_backend(
+        HttpProxyConfig(server.address, "/v2/blobs/", timeout=0.3, transfer_timeout=0.2)
+    )
+    yield backend
+    backend.close()
+
+
+@pytest.fixture(params=["dir", "alt_dirs", "blob_file", "tcp", "unix"])
+def backend(request, tmp_path):
+    if request.param in ("tcp", "unix"):
+        unix = tmp_path / "s.sock" if request.param == "unix" else None
+        with BlobServer({BLOB: DATA}, unix) as server:
+            backend = open_backend(HttpProxyConfig(server.address, "blobs"))
+            yield backend
+            backend.close()
+        return
+    directory = tmp_path / "blobs"
+    directory.mkdir()
+    (directory / BLOB).write_bytes(DATA)
+    config = {
+        "dir": LocalFsConfig(dir=directory),
+        "alt_dirs": LocalFsConfig(dir=tmp_path / "empty", alt_dirs=(tmp_path, directory)),
+        "blob_file": LocalFsConfig(blob_file=directory / BLOB),
+    }[request.param]
+    yield open_backend(config)
+
+
+# One suite for every backend
+
+
+def test_reads_exact_ranges(backend):
+    reader = backend.open(BLOB)
+    assert reader.blob_id == BLOB
+    assert reader.size() == len(DATA)
+    for offset, length in ((0, 1), (1, 4095), (len(DATA) - 1, 1), (0, len(DATA)), (777, 300_000)):
+        assert reader.read_at(offset, length) == DATA[offset : offset + length]
+    assert reader.read_at(5, 0) == b""
+
+
+def test_range_behind_the_end_is_an_error(backend):
+    reader = backend.open(BLOB)
+    with pytest.raises(ShortRead) as caught:
+        reader.read_at(len(DATA) - 10, 11)
+    assert not caught.value.temporary
+    assert caught.value.where["blob"] == BLOB
+    with pytest.raises(BackendError):
+        reader.read_at(len(DATA), 1)
+    assert reader.read_at(0, 10) == DATA[:10]
+
+
+@pytest.mark.parametrize("backend", ["dir", "alt_dirs", "tcp", "unix"], indirect=True)
+def test_missing_blob(backend):
+    reader = backend.open("c" * 64)
+    with pytest.raises(FileNotFoundError) as caught:
+        reader.read_at(0, 1)
+    assert isinstance(caught.value, NotFound)
+    assert not caught.value.temporary
+    with pytest.raises(NotFound):
+        reader.size()
+
+
+def test_metrics(backend):
+    reader = backend.open(BLOB)
+    reader.read_at(0, 1024)
+    reader.read_at(0, 1 << 20)
+    with pytest.raises(BackendError):
+        reader.read_at(len(DATA), 1)
+    metrics = backend.metrics.as_dict()
+    assert list(metrics) == [
+        "backend_type",
+        "read_count",
+        "read_errors",
+        "read_amount_total",
+        "read_cumulative_latency_millis_total",
+        "read_cumulative_latency_millis_dist",
+        "read_count_block_size_dist",
+        "read_latency_sizes_dist",
+    ]
+    assert (metrics["read_count"], metrics["read_errors"]) == (3, 1)
+    assert metrics["read_amount_total"] == 1024 + (1 << 20)
+    assert metrics["read_count_block_size_dist"] == [1, 0, 0, 0, 0, 0, 1, 0]
+    assert sum(map(sum, metrics["read_latency_sizes_dist"])) == 2
+
+
+@pytest.mark.parametrize(
+    "blob_id", ["", "../x", "a/b", ".hidden", "..", "a\0b", "x" * 256, "\ud800"]
+)
+def test_hostile_ids_are_refused(backend, blob_id):
+    with pytest.raises(BackendError, match="blob id"):
+        backend.open(blob_id)
+
+
+def test_longest_id():
+    assert check_blob_id("x" * 255) == "x" * 255
+    with pytest.raises(BackendError):
+        check_blob_id("ä" * 128)
+
+
+def test_many_threads(backend):
+    reader = backend.open(BLOB)
+
+    def read(number):
+        for turn in range(10):
+            offset = (number * 10 + turn) * 4097
+            assert reader.read_at(offset, 5000) == DATA[offset : offset + 5000]
+
+    with ThreadPoolExecutor(8) as pool:
+        for result in [pool.submit(read, number) for number in range(8)]:
+            result.result()
+
+
+# Local files
+
+
+def test_localfs_file_replaced_truncated_removed(tmp_path):
+    path = tmp_path / BLOB
+    path.write_bytes(DATA)
+    reader = open_backend(LocalFsConfig(dir=tmp_path)).open(BLOB)
+    assert reader.read_at(0, 4) == DATA[:4]
+    (tmp_path / "new").write_bytes(b"other" * 100)
+    (tmp_path / "new").rename(path)
+    assert reader.read_at(0, 5) == b"other"
+    with path.open("r+b") as file:
+        file.truncate(3)
+    with pytest.raises(ShortRead, match="expected 5 bytes, got 3"):
+        reader.read_at(0, 5)
+    path.unlink()
+    with pytest.raises(NotFound):
+        reader.read_at(0, 5)
+
+
+def test_localfs_refuses_what_is_no_file(tmp_path):
+    (tmp_path / BLOB).mkdir()
+    with pytest.raises(BackendError, match="not a regular file"):
+        open_backend(LocalFsConfig(dir=tmp_path)).open(BLOB).read_at(0, 1)
+
+
+def test_localfs_needs_a_place():
+    with pytest.raises(BackendError):
+        open_backend(LocalFsConfig())
+
+
+# HTTP
+
+
+def test_http_request_form(server, http):
+    reader = http.open("a b%?#")
+    server.blobs["a%20b%25%3F%23"] = DATA
+    for _ in range(5):
+        assert reader.read_at(10, 20) == DATA[10:30]
+    assert server.connections == 1
+    assert server.ranges[0] == ("a%20b%25%3F%23", "bytes=10-29")
+    assert server.headers[0]["User-Agent"] == "nydusd/1.0.0"
+    assert server.headers[0]["Accept-Encoding"] == "identity"
+
+
+def test_http_large_answers_keep_the_connection(server, http):
+    reader = http.open(BLOB)
+    for _ in range(3):
+        assert reader.read_at(0, len(DATA)) == DATA
+    server.fault = "chunked"
+    assert reader.read_at(0, len(DATA)) == DATA
+    assert reader.read_at(0, 10) == DATA[:10]
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "temporary"),
+    [
+        (400, BackendError, False),
+        (401, AuthError, False),
+        (403, AuthError, False),
+        (404, NotFound, False),
+        (416, BackendError, False),
+        (302, BackendError, False),
+        (429, Unavailable, True),
+        (500, Unavailable, True),
+        (503, Unavailable, True),
+        ("truncate", ShortRead, True),
+        ("short-length", ShortRead, True),
+        ("long", BackendError, False),
+        ("long-length", BackendError, False),
+        ("wrong-range", BackendError, False),
+        ("ignore-range", BackendError, False),
+        ("reset", Unavailable, True),
+        ("stall", Unavailable, True),
+        ("drip", Unavailable, True),
+    ],
+)
+def test_http_faults(server, http, fault, kind, temporary):
+    reader = http.open(BLOB)
+    assert reader.read_at(0, 10) == DATA[:10]
+    server.fault, server.fault_count = fault, 1
+    with pytest.raises(NydusError) as caught:
+        reader.read_at(4096, 8192)
+    assert type(caught.value) is kind
+    assert caught.value.temporary is temporary
+    assert caught.value.where["blob"] == BLOB
+    # The next answer is not mixed up with the rest of the broken one.
+    assert reader.read_at(100_000, 5000) == DATA[100_000:105_000]
+    assert http.metrics.as_dict()["read_errors"] == 1
+
+
+def test_http_ignored_range_is_not_read(server, http):
+    server.blobs[BLOB] = bytes(64 << 20)
+    server.fault = "ignore-range"
+    with pytest.raises(BackendError, match="ignores ranges"):
+        http.open(BLOB).read_at(0, 4096)
+    server.stop()
+    assert server.bytes_sent[BLOB] == 0
+
+
+def test_http_dead_and_back(server, http):
+    reader = http.open(BLOB)
+    assert reader.read_at(0, 10) == DATA[:10]
+    server.stop()
+    for _ in range(2):
+        with pytest.raises(Unavailable) as caught:
+            reader.read_at(0, 10)
+        assert caught.value.temporary
+    server.start()
+    assert reader.read_at(0, 10) == DATA[:10]
+
+
+@pytest.mark.parametrize(
+    "addr", ["", "ftp://x", "host:80", "http://", "http://user:secret@host", "relative/path"]
+)
+def test_http_bad_addresses(addr):
+    with pytest.raises(BackendError) as caught:
+        open_backend(HttpProxyConfig(addr))
+    assert "secret" not in str(caught.value)
+
+
+def test_https_with_a_missing_authority(tmp_path):
+    with pytest.raises(BackendError, match="certificates"):
+        open_backend(HttpProxyConfig("https://127.0.0.1", ca_cert_files=(tmp_path / "none",)))
+
+
+# Retries
+
+
+def failing(times, error):
+    calls = []
+
+    def operation():
+        calls.append(1)
+        if len(calls) <= times:
+            raise error
+        return "done"
+
+    return calls, operation
+
+
+FAST = RetryPolicy(first_delay=0.001)
+
+
+def test_retry_temporary_until_it_works():
+    calls, operation = failing(3, Unavailable("x", temporary=True))
+    assert FAST.run(operation, threading.Event()) == "done"
+    assert len(calls) == 4
+
+
+def test_retry_gives_up():
+    calls, operation = failing(9, Unavailable("x", temporary=True))
+    with pytest.raises(Unavailable):
+        FAST.run(operation, threading.Event())
+    assert len(calls) == 4
+
+
+def test_retry_not_for_permanent_errors():
+    calls, operation = failing(9, NotFound("x"))
+    with pytest.raises(NotFound):
+        FAST.run(operation, threading.Event())
+    assert len(calls) == 1
+
+
+def test_retry_stops_when_told():
+    stop = threading.Event()
+    stop.set()
+    calls, operation = failing(9, Unavailable("x", temporary=True))
+    with pytest.raises(Unavailable):
+        RetryPolicy(first_delay=60).run(operation, stop)
+    assert len(calls) == 1
+
+
+def test_retry_deadline():
+    calls, operation = failing(9, Unavailable("x", temporary=True))
+    with pytest.raises(Unavailable):
+        RetryPolicy(first_delay=60, deadline=1).run(operation, threading.Event())
+    assert len(calls) == 1

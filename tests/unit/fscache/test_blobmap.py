@@ -1,0 +1,158 @@
+import pytest
+from fakes.blob_image import CHUNK_SIZE, Blob
+
+from erofs.errors import CorruptStructure, FormatError, OutOfBounds, UnsupportedFeature
+from erofs.rafs import BlobFeatures, ChunkFlags, Compressor
+from fscache.blobmap import BlobMap
+
+SIZES = [CHUNK_SIZE, 100, 4096, CHUNK_SIZE, 5000]
+
+
+@pytest.fixture(scope="module")
+def blob():
+    return Blob(SIZES)
+
+
+def test_chunks_in(blob):
+    table = BlobMap(blob.entry, reversed(blob.chunks))
+    assert len(table) == 5
+    assert table.chunks_in(0, 4096) == range(1)
+    assert table.chunks_in(CHUNK_SIZE - 4096, 8192) == range(2)
+    assert table.chunks_in(CHUNK_SIZE, 4096) == range(1, 2)
+    assert table.chunks_in(CHUNK_SIZE + 100, 1) == range(1, 2)
+    assert table.chunks_in(0, len(blob.plain)) == range(5)
+    assert table.chunks_in(len(blob.plain) - 1, 1) == range(4, 5)
+    assert table.chunks_in(4096, 0) == range(0)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, -1), (0, 1 << 40), (1 << 63, 4096)])
+def test_ranges_outside(blob, offset, length):
+    with pytest.raises(OutOfBounds, match="outside"):
+        BlobMap(blob.entry, blob.chunks).chunks_in(offset, length)
+
+
+def test_pages_of_no_chunk_are_refused(blob):
+    table = BlobMap(blob.entry, [blob.chunks[0], blob.chunks[2]])
+    gap = CHUNK_SIZE
+    assert table.chunks_in(0, CHUNK_SIZE) == range(1)
+    assert table.chunks_in(gap + 4096, 4096) == range(1, 2)
+    for offset, length in ((gap, 4096), (0, gap + 4096), (gap, 8192), (0, gap + 8192)):
+        with pytest.raises(OutOfBounds, match="no referenced chunk"):
+            table.chunks_in(offset, length)
+    with pytest.raises(OutOfBounds):
+        table.chunks_in(gap + 8192, 4096)
+    with pytest.raises(OutOfBounds):
+        BlobMap(blob.entry, []).chunks_in(0, 4096)
+    with pytest.raises(OutOfBounds):
+        BlobMap(blob.entry, blob.chunks[1:]).chunks_in(0, 4096)
+
+
+def test_sizes_of_a_generated_dictionary(blob):
+    size = len(blob.plain)
+    last = blob.chunks[-1]
+    entry = blob.entry._replace(
+        features=blob.entry.features | BlobFeatures.IS_CHUNKDICT_GENERATED,
+        compressed_size=0,
+        uncompressed_size=last.uncompressed_offset + last.uncompressed_size,
+    )
+    table = BlobMap(entry, blob.chunks)
+    assert table.uncompressed_size == size
+    assert table.chunks_in(size - 4096, 4096) == range(4, 5)
+    far = blob.chunks[4]._replace(compressed_offset=1 << 40)
+    with pytest.raises(OutOfBounds):
+        BlobMap(entry, [*blob.chunks[:4], far])
+
+
+def test_groups(blob):
+    table = BlobMap(blob.entry, blob.chunks)
+    assert list(table.groups(range(5), 1 << 30)) == [range(5)]
+    assert list(table.groups([0, 1, 3, 4], 1 << 30)) == [range(2), range(3, 5)]
+    assert list(table.groups(range(5), 1)) == [range(p, p + 1) for p in range(5)]
+    two = table.compressed_sizes[0] + table.compressed_sizes[1]
+    assert next(iter(table.groups(range(5), two))) == range(2)
+    assert next(iter(table.groups(range(5), two - 1))) == range(1)
+    assert list(table.groups([], 1)) == []
+    # Neighbours in the uncompressed space whose stored bytes do not touch.
+    apart = BlobMap(blob.entry, blob.chunks[:1] + blob.chunks[2:])
+    assert list(apart.groups(range(4), 1 << 30)) == [range(1), range(1, 4)]
+
+
+def test_covered_by(blob):
+    table = BlobMap(blob.entry, blob.chunks)
+    end = len(blob.plain)
+    assert table.covered_by([]) == bytes(5)
+    assert table.covered_by([(0, end)]) == b"\1" * 5
+    assert table.covered_by([(4096, end - 4096)]) == bytes([0, 1, 1, 1, 0])
+    assert table.covered_by([(0, CHUNK_SIZE), (CHUNK_SIZE + 4096, CHUNK_SIZE + 8192)]) == bytes(
+        [1, 0, 1, 0, 0]
+    )
+
+
+@pytest.mark.parametrize(
+    "feature", ["BATCH", "ZRAN", "ENCRYPTED", "CHUNK_INFO_V2", "TARFS", "EXTERNAL", "SEPARATE"]
+)
+def test_unsupported_features_are_named(blob, feature):
+    entry = blob.entry._replace(features=blob.entry.features | BlobFeatures[feature])
+    with pytest.raises(UnsupportedFeature, match=feature) as caught:
+        BlobMap(entry, blob.chunks)
+    assert caught.value.where["blob"] == blob.id
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        (UnsupportedFeature, {"features": 0x8000}),
+        (UnsupportedFeature, {"cipher": 1}),
+        (UnsupportedFeature, {"compressor": Compressor.GZIP}),
+        (UnsupportedFeature, {"compressor": 77}),
+        (UnsupportedFeature, {"digester": 2}),
+        (CorruptStructure, {"chunk_size": 0}),
+        (CorruptStructure, {"chunk_size": 5000}),
+        (CorruptStructure, {"chunk_size": 1 << 25}),
+        (CorruptStructure, {"chunk_count": 0}),
+        (CorruptStructure, {"chunk_count": (1 << 24) + 1}),
+        (OutOfBounds, {"chunk_count": 4}),
+        (OutOfBounds, {"compressed_size": 1 << 63}),
+        (OutOfBounds, {"compressed_size": 100}),
+        (OutOfBounds, {"uncompressed_size": 0}),
+        (OutOfBounds, {"uncompressed_size": 1 << 63}),
+        (OutOfBounds, {"uncompressed_size": 4096}),
+        (CorruptStructure, {"compressor": Compressor.NONE}),
+    ],
+)
+def test_bad_entries(blob, kind, change):
+    with pytest.raises(kind) as caught:
+        BlobMap(blob.entry._replace(**change), blob.chunks)
+    assert caught.value.where["blob"] == blob.id
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        (CorruptStructure, {"blob_index": 1}),
+        (OutOfBounds, {"chunk_index": 5}),
+        (CorruptStructure, {"chunk_index": 1}),
+        (UnsupportedFeature, {"flags": ChunkFlags.BATCH}),
+        (UnsupportedFeature, {"flags": ChunkFlags.HOLE}),
+        (UnsupportedFeature, {"flags": ChunkFlags.ENCRYPTED}),
+        (CorruptStructure, {"flags": 0}),
+        (CorruptStructure, {"compressed_size": 0}),
+        (CorruptStructure, {"compressed_size": 4097}),
+        (OutOfBounds, {"compressed_size": 0xFFFFFFFF}),
+        (OutOfBounds, {"compressed_offset": 0xFFFFFFFFFFFFFFFF}),
+        (OutOfBounds, {"uncompressed_size": 0}),
+        (OutOfBounds, {"uncompressed_size": CHUNK_SIZE + 1}),
+        (CorruptStructure, {"uncompressed_size": CHUNK_SIZE}),
+        (CorruptStructure, {"uncompressed_offset": 1}),
+        (CorruptStructure, {"uncompressed_offset": 0}),
+        (CorruptStructure, {"uncompressed_offset": CHUNK_SIZE - 4096}),
+        (OutOfBounds, {"uncompressed_offset": 0xFFFFFFFFFFFFF000}),
+    ],
+)
+def test_bad_chunks(blob, kind, change):
+    chunks = list(blob.chunks)
+    chunks[2] = chunks[2]._replace(**change)
+    with pytest.raises(FormatError) as caught:
+        BlobMap(blob.entry, chunks)
+    assert type(caught.value) is kind
+    assert caught.value.where["blob"] == blob.id

@@ -1,0 +1,67 @@
+# nydus-erofs: `make` alone prints this help. A target that is not listed is not supported.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := erofs builder fscache
+PYTEST := $(BIN)/python -m pytest
+# Where /tmp is a tmpfs, the kernel takes no pre-content marks on it.
+export TMPDIR ?= /var/tmp
+
+.PHONY: help
+help: ## this text
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: install
+install: $(STAMP) ## make .venv with the console scripts nydus-image and nydusd
+
+$(STAMP): pyproject.toml constraints.txt .ci/venv
+	@PYTHON=$(PYTHON) .ci/venv $(VENV)
+	@touch $@
+
+.PHONY: demo
+demo: install ## build a real root filesystem, mount it lazily, run programs from it
+	@.ci/packages mmdebstrap tar
+	@$(BIN)/python -m tests.demo
+
+.PHONY: test
+test: install ## all tests that need no other machine; kernel tests when root
+	@.ci/packages erofs-utils attr acl libcap2-bin e2fsprogs tar
+	@$(PYTEST) $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: install ## ruff, mypy, import contracts, spelling
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/codespell $(SOURCES) tests docs README.md CHANGELOG.md CONTRIBUTING.md
+
+.PHONY: format
+format: install ## put the code into ruff's form
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+.PHONY: bench
+bench: install ## measure against floors, and peers named by NYDUS_IMAGE_PEER and NYDUSD_PEER
+	@$(BIN)/python -m tests.bench
+
+.PHONY: fuzz
+fuzz: install ## fuzz every reader with atheris, FUZZ_SECONDS (60) each
+	@$(BIN)/pip install --quiet --constraint constraints.txt '.[fuzz]' && \
+	for target in tests/fuzz/fuzz_*.py; do \
+		echo "== $$target"; \
+		$(BIN)/python $$target -max_total_time=$(or $(FUZZ_SECONDS),60) || exit 1; \
+	done
+
+.PHONY: golden
+golden: install ## write the golden images of tests/golden again
+	@$(BIN)/python -m tests.golden.make
+
+.PHONY: clean
+clean: ## remove .venv and everything that was made here
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+		.import_linter_cache .benchmarks
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

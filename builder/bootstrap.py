@@ -8,10 +8,10 @@ from pathlib import Path
 from erofs import Bootstrap, Chunk, CorruptStructure, Inode, Node, codec, open_bootstrap
 from erofs.blobmeta import SECTION_BOOTSTRAP, TOC_ZSTD, read_toc
 from erofs.errors import BadMagic, FormatError, error_context
-from erofs.rafs import Compressor
+from erofs.rafs import INLINED_BLOB_ID, Compressor
 from erofs.view import View
 
-__all__ = ["inlined_bootstrap", "load_tree", "open_any_bootstrap"]
+__all__ = ["blob_ids", "inlined_bootstrap", "load_tree", "open_any_bootstrap"]
 
 _BOOTSTRAP_MAX = 1 << 32
 
@@ -128,3 +128,13 @@ def open_any_bootstrap(path: Path, *, inlined: bool = False) -> Bootstrap:
             raise
     with error_context(path=path):
         return open_bootstrap(data)
+
+
+def blob_ids(image: Bootstrap, path: Path) -> list[str]:
+    """Return the ids under which the blobs are stored, in table order.
+
+    A bootstrap from inside of a blob does not know that blob's id: the name of the file
+    that it was read from stands for it, up to the first dot (spec rafs-v6 4.7).
+    """
+    own = path.name.split(".", 1)[0]
+    return [own if blob.blob_id == INLINED_BLOB_ID else blob.id for blob in image.blobs]

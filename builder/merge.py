@@ -109,7 +109,7 @@ class _Merger:
     def combine(self) -> tuple[Node, list[BlobEntry]]:
         """Return the merged tree and the blobs it refers to, in order of first reference."""
         root = self.layers[0].tree
-        tables = {}
+        tables: dict[int, BlobEntry] = {}
         for layer in self.layers:
             for node in iter_nodes(layer.tree):
                 for chunk in node.chunks:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from builder.output import write_file
+from erofs.console import package_version
 from erofs.rafs import Compressor
 
-__all__ = ["COMPRESSOR_NAMES", "owner_events", "package_version", "report", "write_report"]
+__all__ = ["COMPRESSOR_NAMES", "owner_events", "report", "write_report"]
 
 COMPRESSOR_NAMES = {
     Compressor.NONE: "none",
@@ -20,14 +20,6 @@ COMPRESSOR_NAMES = {
     Compressor.ZSTD: "zstd",
 }
 REPORT_MODE = 0o644
-
-
-def package_version() -> str:
-    """Return the version of the installed package, or "unknown" when it only lies in a folder."""
-    try:
-        return version("nydus-erofs")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def report(

@@ -3,6 +3,10 @@
 Nothing here needs a third-party package to be imported; codecs load on first use.
 """
 
+from erofs.blobcheck import check_blob
+from erofs.blobdump import dump_blob
+from erofs.check import Finding, check_image
+from erofs.dump import dump_image
 from erofs.errors import (
     BadMagic,
     CodecError,
@@ -25,6 +29,7 @@ __all__ = [
     "Chunk",
     "CodecError",
     "CorruptStructure",
+    "Finding",
     "FormatError",
     "Image",
     "Inode",
@@ -33,6 +38,10 @@ __all__ = [
     "NydusError",
     "OutOfBounds",
     "UnsupportedFeature",
+    "check_blob",
+    "check_image",
+    "dump_blob",
+    "dump_image",
     "error_context",
     "open_bootstrap",
     "open_image",

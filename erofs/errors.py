@@ -55,6 +55,18 @@ class NydusError(Exception):
             if value is not None:
                 self.where.setdefault(key, value)
 
+    @property
+    def reason(self) -> str:
+        """What went wrong with `expected` and `got`, without the place."""
+        text = self.what
+        if "expected" in self.where:
+            text += f": expected {_show(self.where['expected'])}"
+            if "got" in self.where:
+                text += f", got {_show(self.where['got'])}"
+        elif "got" in self.where:
+            text += f": got {_show(self.where['got'])}"
+        return text
+
     def __str__(self) -> str:
         places = []
         for key in _PLACES:
@@ -67,14 +79,7 @@ class NydusError(Exception):
                 places.append(f"offset {value:#x}")
             else:
                 places.append(f"{key} {_show(value)}")
-        text = f"{', '.join(places)}: {self.what}" if places else self.what
-        if "expected" in self.where:
-            text += f": expected {_show(self.where['expected'])}"
-            if "got" in self.where:
-                text += f", got {_show(self.where['got'])}"
-        elif "got" in self.where:
-            text += f": got {_show(self.where['got'])}"
-        return text
+        return f"{', '.join(places)}: {self.reason}" if places else self.reason
 
 
 class FormatError(NydusError):

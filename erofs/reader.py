@@ -303,6 +303,8 @@ class Image:
     def __init__(self, source: View, mapping: mmap.mmap | None = None) -> None:
         self.view = source
         self._mapping = mapping
+        if source.length < layout.SUPERBLOCK_OFFSET + layout.SUPERBLOCK_SIZE:
+            raise BadMagic("not an EROFS image, too short", got=f"{source.length} bytes")
         self.superblock = superblock = Superblock.parse(source)
         if superblock.magic != layout.SUPERBLOCK_MAGIC:
             raise BadMagic(
@@ -354,15 +356,20 @@ class Image:
         """Yield (path, inode) of every name, depth first, parents before children.
 
         Raises:
-            CorruptStructure: a directory is met twice, so the tree has a loop.
+            CorruptStructure: a directory is met twice, so the tree has a loop, or directories
+                share their data, so walking them would take far longer than the image is.
         """
         seen = {self.superblock.root_nid}
+        claimed = 0
         stack = [(b"/", self.root)]
         while stack:
             path, inode = stack.pop()
             yield path, inode
             if not inode.is_dir:
                 continue
+            claimed += inode.size
+            if claimed > self.view.length:
+                raise CorruptStructure("directories share their data", entry=path)
             prefix = path if path == b"/" else path + b"/"
             children = []
             for entry in inode.entries():

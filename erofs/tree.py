@@ -14,11 +14,17 @@ from typing import NamedTuple
 from erofs import layout
 from erofs.errors import CorruptStructure
 from erofs.rafs import MAX_CHUNKS_PER_BLOB, BlobEntry, ChunkInfo
+from erofs.view import align_up
 
 __all__ = ["Chunk", "Node", "ValidTree", "iter_names", "split_xattr_name", "validate"]
 
 _I_SIZE_MAX = (1 << 63) - 1
 _BLKADDR_MAX = 0xFFFFFFFE
+# i_xattr_icount is 16 bits wide and counts units of 4 bytes, plus one.
+_XATTRS_MAX = 4 * 0xFFFE
+# Device slots place blobs by 32-bit block numbers, behind the bootstrap, each aligned.
+_DEVICE_SPACE_MAX = (1 << 44) - (1 << 32)
+_DEVICE_ALIGNMENT = 0x80000
 
 
 @dataclass(slots=True, eq=False)
@@ -146,10 +152,14 @@ def _check_name(path: bytes, name: bytes) -> None:
 
 
 def _check_xattrs(node: Node) -> None:
+    total = 0
     for name, value in node.xattrs.items():
         _, suffix = split_xattr_name(name)
         if len(suffix) > layout.NAME_MAX or len(value) > layout.XATTR_VALUE_MAX:
             raise CorruptStructure("xattr name or value too long", got=name)
+        total += align_up(layout.XATTR_ENTRY_SIZE + len(suffix) + len(value), 4)
+    if total > _XATTRS_MAX:
+        raise CorruptStructure("xattrs too long together", expected=_XATTRS_MAX, got=total)
 
 
 def _check_regular(node: Node, chunk_size: int, blobs: int) -> None:
@@ -192,6 +202,9 @@ def validate(root: Node, blobs: list[BlobEntry], chunk_size: int) -> ValidTree:
     """
     if len(blobs) > layout.MAX_DEVICES:
         raise CorruptStructure("too many blobs", expected=layout.MAX_DEVICES, got=len(blobs))
+    space = sum(align_up(blob.uncompressed_size, _DEVICE_ALIGNMENT) for blob in blobs)
+    if space > _DEVICE_SPACE_MAX:
+        raise CorruptStructure("blobs too large together", expected=_DEVICE_SPACE_MAX, got=space)
     if not root.is_dir:
         raise CorruptStructure("the root is not a directory")
     seen_directories: set[int] = set()

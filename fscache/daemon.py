@@ -6,6 +6,7 @@ gone, because a group that closes turns holes into zeros (spec ondemand 5.4, 5.1
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -26,7 +27,7 @@ from fscache.channel.fanotify import FanotifyChannel
 from fscache.config import DaemonConfig
 from fscache.fetcher import Fetcher
 from fscache.metrics import CacheMetrics
-from fscache.mount import ErofsMount, MountBusy, mount_erofs
+from fscache.mount import ErofsMount, MountBusy, MountError, mount_erofs
 from fscache.probe import lazy_supported, probe
 from fscache.service import Service
 from fscache.store import ServeDirectory, remove_stale
@@ -141,6 +142,9 @@ class Daemon:
         logger.info("serving %s at %s", self.bootstrap, self.mountpoint)
 
     def _start(self) -> None:
+        # Looked at first: nobody wants to fetch an image and then hear of a wrong path.
+        if not self.mountpoint.is_dir():
+            raise MountError("mount point is not a directory", errno.ENOTDIR, path=self.mountpoint)
         plans = read_plans(self.bootstrap)
         self._prepare_work_dir()
         self.backend = open_backend(self.config.backend)

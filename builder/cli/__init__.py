@@ -6,9 +6,11 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from builder.cli import check, create, inspect, merge, unpack
-from builder.cli.common import CommandParser, print_version, set_up_logging
+from builder.cli.common import print_version
+from erofs.console import LOG_LEVELS, CommandParser, set_up_logging
 from erofs.errors import NydusError
 
 __all__ = ["main"]
@@ -19,17 +21,22 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
-def _parser() -> argparse.ArgumentParser:
-    logging_options = argparse.ArgumentParser(add_help=False)
+def _parser() -> CommandParser:
+    logging_options = CommandParser(add_help=False)
     logging_options.add_argument(
-        "-L", "--log-file", metavar="<log-file>", default=argparse.SUPPRESS, help="Log file path"
+        "-L",
+        "--log-file",
+        metavar="<log-file>",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help="Log file path",
     )
     logging_options.add_argument(
         "-l",
         "--log-level",
         metavar="<log-level>",
         default=argparse.SUPPRESS,
-        choices=("trace", "debug", "info", "warn", "error"),
+        choices=LOG_LEVELS,
         help="Log level: [default: info] [possible values: trace, debug, info, warn, error]",
     )
     parser = CommandParser(

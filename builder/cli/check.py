@@ -1,5 +1,100 @@
-"""placeholder"""
+"""`nydus-image check`: is this bootstrap, and on demand its data, what readers take?"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from builder.backends import blob_directory
+from builder.bootstrap import blob_ids, open_any_bootstrap
+from builder.cli.common import add_bootstrap_arguments, bootstrap_path, write_utf8
+from builder.datacheck import check_data
+from builder.listing import blob_lines, inode_lines, log_features
+from builder.report import report, write_report
+from erofs import Bootstrap
+from erofs.check import ERROR, Finding, check_image
+
+if TYPE_CHECKING:
+    from erofs.console import CommandParser
+
+logger = logging.getLogger(__name__)
 
 
-def add_parser(commands, logging_options):
-    pass
+def add_parser(
+    commands: argparse._SubParsersAction[CommandParser], logging_options: CommandParser
+) -> None:
+    """Add the sub-command."""
+    text = "Validate RAFS filesystem metadata"
+    parser = commands.add_parser("check", help=text, description=text, parents=[logging_options])
+    parser.set_defaults(run=run, parser=parser)
+    add_bootstrap_arguments(parser)
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="Output message in verbose mode"
+    )
+    parser.add_argument(
+        "-J", "--output-json", metavar="<output-json>", type=Path,
+        help="File path to save operation result in JSON format",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", action="store_true",
+        help="Read the blobs in <blob-dir>, too, and verify every chunk",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check, and say what is wrong or list what is there."""
+    if arguments.data and arguments.blob_dir is None:
+        arguments.parser.error(
+            "the following required arguments were not provided:\n  --blob-dir <blob-dir>"
+        )
+    path = bootstrap_path(arguments)
+    start = time.monotonic()
+    with open_any_bootstrap(path, inlined=arguments.blob_dir is not None) as image:
+        log_features(image)
+        ids = blob_ids(image, path)
+        sound = _tell(("", finding) for finding in check_image(image))
+        seconds = {"load_tree_from_bootstrap": time.monotonic() - start}
+        if sound and arguments.data:
+            findings = check_data(image, ids, blob_directory(arguments.blob_dir))
+            sound = _tell((f"blob {blob_id}: ", finding) for blob_id, finding in findings)
+        if not sound:
+            return 1
+        _list(image, ids, arguments.verbose)
+        if arguments.output_json is not None:
+            content = report(
+                bootstrap=path,
+                blobs=ids,
+                compressor=image.compressor,
+                seconds=seconds,
+                events={},
+            )
+            write_report(arguments.output_json, content, indent=None)
+    return 0
+
+
+def _tell(findings: Iterable[tuple[str, Finding]]) -> bool:
+    """Print findings behind what they are about; return whether none is an error."""
+    sound = True
+    for about, finding in findings:
+        text = about + str(finding).removeprefix(f"{finding.severity}: ")
+        if finding.severity == ERROR:
+            sound = False
+            print(f"Error: {text}", file=sys.stderr)
+        else:
+            logger.warning("%s", text)
+    return sound
+
+
+def _list(image: Bootstrap, ids: list[str], verbose: bool) -> None:
+    write_utf8()
+    if verbose:
+        for line in inode_lines(image):
+            print(line)
+    print("RAFS filesystem metadata is valid, referenced data blobs: ")
+    for line in blob_lines(image, ids):
+        print(line)

@@ -1,73 +1,26 @@
-"""What the sub-commands share: parser style, logging, numbers, progress."""
+"""What the sub-commands share: numbers, patterns, how a bootstrap is named, progress."""
 
 from __future__ import annotations
 
 import argparse
-import logging
+import io
 import platform
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
-from builder.report import package_version
+from builder.errors import BuildError
+from erofs.console import CommandParser, ProgressLine, package_version
 
 __all__ = [
-    "CommandParser",
     "Progress",
-    "feature_names",
+    "add_bootstrap_arguments",
+    "bootstrap_path",
     "number",
     "print_version",
     "read_patterns",
-    "set_up_logging",
+    "write_utf8",
 ]
-
-_LEVELS = {
-    "trace": logging.DEBUG,
-    "debug": logging.DEBUG,
-    "info": logging.INFO,
-    "warn": logging.WARNING,
-    "error": logging.ERROR,
-}
-_NAMES = {"WARNING": "WARN"}
-_PROGRESS_SECONDS = 0.2
-
-
-class CommandParser(argparse.ArgumentParser):
-    """A parser that speaks of wrong usage as the real tool does: exit status 2, no guessing."""
-
-    def __init__(self, **options: object) -> None:
-        super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
-
-    def error(self, message: str) -> NoReturn:
-        """Print what is wrong, the usage, and leave with status 2."""
-        usage = " ".join(self.format_usage().split())
-        self.exit(
-            2,
-            f"error: {message}\n\n{usage}\n\nFor more information, try '--help'.\n",
-        )
-
-
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(record.created))
-        fraction = f"{record.created % 1:.6f}"[1:]
-        level = _NAMES.get(record.levelname, record.levelname)
-        text = f"[{moment}{fraction} +00:00] {level} {record.getMessage()}"
-        if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
-        return text
-
-
-def set_up_logging(level: str, path: str | None) -> None:
-    """Send the log to standard error, or to a file; raise `OSError`."""
-    handler: logging.Handler
-    handler = logging.FileHandler(path) if path else logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(_LEVELS[level])
 
 
 def print_version() -> None:
@@ -96,42 +49,50 @@ def read_patterns() -> list[bytes]:
     return sys.stdin.buffer.read().splitlines()
 
 
-def feature_names(flags: object) -> str:
-    """Return set flags as the real tool prints them."""
-    return " | ".join(flag.name for flag in flags)  # type: ignore[attr-defined]
-
-
 class Progress:
-    """Shows on a terminal how many bytes are done; silent everywhere else."""
+    """Counts bytes for the progress line of a command; silent where nobody watches."""
 
-    def __init__(self, what: str, total: int | None = None) -> None:
-        self._what = what
-        self._total = total
+    def __init__(self, what: str) -> None:
+        self._line = ProgressLine(what)
         self._done = 0
-        self._shown = 0.0
-        self._enabled = sys.stderr.isatty()
 
     def callback(self) -> Callable[[int], None] | None:
         """Return the function to hand to the library, None when nobody watches."""
-        return self._advance if self._enabled else None
+        return self._advance if self._line.enabled else None
 
     def _advance(self, count: int) -> None:
         self._done += count
-        now = time.monotonic()
-        if now - self._shown < _PROGRESS_SECONDS:
-            return
-        self._shown = now
-        of = f" of {self._total / 1e6:.0f}" if self._total else ""
-        sys.stderr.write(f"\r{self._what}: {self._done / 1e6:.0f}{of} MB\033[K")
-        sys.stderr.flush()
+        self._line.show(self._done)
 
     def end(self) -> None:
         """Take the line away again."""
-        if self._enabled and self._shown:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
+        self._line.end()
 
 
-def existing_path(text: str) -> Path:
-    """Take a path as an argparse type; what is wrong with it is told when it is used."""
-    return Path(text)
+def add_bootstrap_arguments(parser: CommandParser) -> None:
+    """Add the ways of naming the bootstrap to read."""
+    parser.add_argument(
+        "source", metavar="BOOTSTRAP", nargs="?", type=Path, help="File path of RAFS metadata"
+    )
+    parser.add_argument(
+        "-B", "--bootstrap", metavar="<bootstrap>", type=Path,
+        help="[Deprecated] File path of RAFS meta blob/bootstrap",
+    )  # fmt: skip
+    parser.add_argument(
+        "-D", "--blob-dir", metavar="<blob-dir>", type=Path,
+        help="Directory of data blobs; BOOTSTRAP may then be a blob with inlined metadata",
+    )  # fmt: skip
+
+
+def bootstrap_path(arguments: argparse.Namespace) -> Path:
+    """Return the bootstrap that was named; raise `BuildError`."""
+    path: Path | None = arguments.source or arguments.bootstrap
+    if path is None:
+        raise BuildError("missing parameter `bootstrap` or `BOOTSTRAP`")
+    return path
+
+
+def write_utf8() -> None:
+    """Print names as UTF-8 in every locale."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")

@@ -17,7 +17,7 @@ from builder.source.options import SourceOptions, WhiteoutSpec
 from erofs.rafs import DEFAULT_CHUNK_SIZE, Compressor, Digester
 
 if TYPE_CHECKING:
-    from builder.cli.common import CommandParser
+    from erofs.console import CommandParser
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ DIGESTERS = {"blake3": Digester.BLAKE3, "sha256": Digester.SHA256}
 
 
 def add_parser(
-    commands: argparse._SubParsersAction[CommandParser], logging_options: argparse.ArgumentParser
+    commands: argparse._SubParsersAction[CommandParser], logging_options: CommandParser
 ) -> None:
     """Add the sub-command."""
     text = "Create RAFS filesystems from directories or tar files"

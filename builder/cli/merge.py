@@ -13,7 +13,7 @@ from builder.prefetch import PrefetchPolicy
 from builder.report import report, write_report
 
 if TYPE_CHECKING:
-    from builder.cli.common import CommandParser
+    from erofs.console import CommandParser
 
 
 def _digests(text: str) -> list[bytes]:
@@ -31,7 +31,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def add_parser(
-    commands: argparse._SubParsersAction[CommandParser], logging_options: argparse.ArgumentParser
+    commands: argparse._SubParsersAction[CommandParser], logging_options: CommandParser
 ) -> None:
     """Add the sub-command."""
     text = "Merge multiple bootstraps into a overlaid bootstrap"

@@ -1,0 +1,43 @@
+"""Backends as command lines name them: a type and JSON in nydusd's words (spec tools 4.4)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from builder.errors import BuildError
+from fscache.backend import Backend, LocalFsConfig, open_backend
+from fscache.backend.config import ConfigTable, backend_config
+
+__all__ = ["BACKEND_TYPES", "blob_directory", "blob_file", "configured_backend"]
+
+# The types of the real tool; `localfs` is what --blob-dir is for.
+BACKEND_TYPES = ("oss", "s3", "registry", "localdisk", "http-proxy")
+
+
+def blob_file(path: Path) -> Backend:
+    """Return a backend that has one file for every id."""
+    return open_backend(LocalFsConfig(blob_file=path))
+
+
+def blob_directory(path: Path) -> Backend:
+    """Return a backend whose blobs are files named by id; raise `BuildError`."""
+    if not path.is_dir():
+        raise BuildError("directory of blobs does not exist", path=path)
+    return open_backend(LocalFsConfig(dir=path))
+
+
+def configured_backend(kind: str, text: str | bytes) -> Backend:
+    """Return the backend that JSON describes; the text may hold secrets and is never quoted.
+
+    Raises:
+        BuildError: JSON that is none.
+        ConfigError: a type that is not there yet, a missing or wrong key.
+        BackendError: an address that is none.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BuildError("backend configuration is not JSON") from error
+    place = ConfigTable({"type": kind}, "backend")
+    return open_backend(backend_config(kind, ConfigTable(values, "backend.config"), place))

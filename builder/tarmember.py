@@ -1,0 +1,97 @@
+"""Headers of tar members in PAX format, made from nodes; the way back is `builder.tarheader`.
+
+Pure: values in, bytes out. What fits into a plain ustar header stays there, so that
+readers which know nothing else, as the real builder for times, see it.
+"""
+
+from __future__ import annotations
+
+import base64
+import stat
+import tarfile
+from urllib.parse import quote_from_bytes
+
+from erofs import CorruptStructure, Node
+from erofs.layout import decode_device_number
+
+__all__ = ["BLOCK_SIZE", "END_OF_ARCHIVE", "fits_tar", "pack_member"]
+
+BLOCK_SIZE = tarfile.BLOCKSIZE
+END_OF_ARCHIVE = bytes(2 * BLOCK_SIZE)
+
+_TYPES = {
+    stat.S_IFREG: tarfile.REGTYPE,
+    stat.S_IFDIR: tarfile.DIRTYPE,
+    stat.S_IFLNK: tarfile.SYMTYPE,
+    stat.S_IFCHR: tarfile.CHRTYPE,
+    stat.S_IFBLK: tarfile.BLKTYPE,
+    stat.S_IFIFO: tarfile.FIFOTYPE,
+}
+_CHECKSUM = slice(148, 156)
+_DEVICE_FIELDS = slice(329, 345)
+_NANOSECONDS = 1_000_000_000
+
+
+def fits_tar(node: Node) -> bool:
+    """Tell whether tar has a type for the node; it has none for sockets."""
+    return stat.S_IFMT(node.mode) in _TYPES
+
+
+def pack_member(path: bytes, node: Node, link: bytes | None = None) -> bytes:
+    """Return the header blocks of a member, extended ones included.
+
+    Args:
+        path: name in the archive, without a slash at the front; empty for the root.
+        node: a node of which `fits_tar` is true.
+        link: makes a hard link to this path of the archive.
+
+    Raises:
+        CorruptStructure: a symlink target that no tar and no kernel takes.
+    """
+    kind = stat.S_IFMT(node.mode)
+    if b"\0" in node.target:
+        raise CorruptStructure("symlink target with a zero byte")
+    info = tarfile.TarInfo(_text(path) or ".")
+    info.mode = stat.S_IMODE(node.mode)
+    info.uid, info.gid = node.uid, node.gid
+    info.mtime = node.mtime
+    records = {"mtime": _decimal_time(node)} if node.mtime_nsec else {}
+    if link is not None:
+        info.type = tarfile.LNKTYPE
+        info.linkname = _text(link)
+    else:
+        info.type = _TYPES[kind]
+        info.size = node.size if kind == stat.S_IFREG else 0
+        info.linkname = _text(node.target)
+        info.devmajor, info.devminor = decode_device_number(node.rdev)
+        records.update(_xattr_record(*item) for item in node.xattrs.items())
+    info.pax_headers = records
+    header = info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+    return _with_device_fields(header) if kind == stat.S_IFIFO else header
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _decimal_time(node: Node) -> str:
+    total = node.mtime * _NANOSECONDS + node.mtime_nsec
+    seconds, fraction = divmod(abs(total), _NANOSECONDS)
+    return f"{'-' if total < 0 else ''}{seconds}.{fraction:09d}".rstrip("0")
+
+
+def _xattr_record(name: bytes, value: bytes) -> tuple[str, str]:
+    """Return keyword and value; names that PAX cannot hold take libarchive's encoded form."""
+    if name.isascii() and b"=" not in name:
+        return "SCHILY.xattr." + name.decode("ascii"), _text(value)
+    encoded = base64.b64encode(value).rstrip(b"=")
+    return "LIBARCHIVE.xattr." + quote_from_bytes(name), encoded.decode("ascii")
+
+
+def _with_device_fields(header: bytes) -> bytes:
+    """Put zeros where `tarfile` leaves device fields blank: the real builder wants a FIFO's."""
+    block = bytearray(header[-BLOCK_SIZE:])
+    block[_DEVICE_FIELDS] = b"0000000\0" * 2
+    block[_CHECKSUM] = b" " * 8
+    block[_CHECKSUM] = b"%06o\0 " % sum(block)
+    return header[:-BLOCK_SIZE] + bytes(block)

@@ -1,0 +1,395 @@
+"""Check images: what strict readers and the kernel insist on and the lazy reader does not.
+
+Findings are values, not exceptions: a check goes on where it can. Data blobs are checked
+in `erofs.blobcheck`.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import NamedTuple
+
+from erofs import layout
+from erofs.blobmeta import CI_ALIGNMENT, TAR_HEADER_SIZE
+from erofs.errors import NydusError, UnsupportedFeature
+from erofs.rafs import CHUNK_INFO_SIZE, BlobEntry, BlobFeatures, ChunkFlags, ChunkInfo, Cipher
+from erofs.rafs import SuperFlags as Flags
+from erofs.reader import Bootstrap, DirectoryEntry, Image, Inode
+from erofs.view import align_up
+
+__all__ = ["ERROR", "WARNING", "Collector", "Finding", "check_image", "chunk_data_size"]
+
+ERROR = "error"
+WARNING = "warning"
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong, and where: `path` in the image, `offset` in bytes of the file.
+
+    An error makes some reader refuse or misread the image; a warning does not.
+    """
+
+    severity: str
+    what: str
+    path: bytes | None = None
+    offset: int | None = None
+
+    def __str__(self) -> str:
+        places = []
+        if self.path is not None:
+            places.append(repr(self.path)[2:-1])
+        if self.offset is not None:
+            places.append(f"offset {self.offset:#x}")
+        return ": ".join([self.severity, *([", ".join(places)] if places else []), self.what])
+
+
+class Collector:
+    """Gathers findings, and turns errors that were raised on the way into them."""
+
+    def __init__(self, unsupported: str = ERROR) -> None:
+        self._found: list[Finding] = []
+        self._unsupported = unsupported
+
+    def error(self, what: str, path: bytes | None = None, offset: int | None = None) -> None:
+        """Note something that a reader refuses or misreads."""
+        self._found.append(Finding(ERROR, what, path, offset))
+
+    def warn(self, what: str, path: bytes | None = None, offset: int | None = None) -> None:
+        """Note something odd that readers put up with."""
+        self._found.append(Finding(WARNING, what, path, offset))
+
+    @contextmanager
+    def guard(self, path: bytes | None = None) -> Iterator[None]:
+        """Turn a `NydusError` of the block into a finding."""
+        try:
+            yield
+        except NydusError as error:
+            severity = self._unsupported if isinstance(error, UnsupportedFeature) else ERROR
+            offset = error.where.get("offset")
+            chunk = error.where.get("chunk")
+            what = error.reason if chunk is None else f"chunk {chunk}: {error.reason}"
+            self._found.append(
+                Finding(severity, what, path, offset if isinstance(offset, int) else None)
+            )
+
+    def drain(self) -> list[Finding]:
+        """Return and forget what was found."""
+        found, self._found = self._found, []
+        return found
+
+
+def chunk_data_size(entry: BlobEntry) -> int:
+    """Return the length of a blob's chunk data as readers derive it, in bytes (spec 4.7)."""
+    features = entry.features
+    if features & BlobFeatures.SEPARATE or not features & BlobFeatures.CAP_TAR_TOC:
+        return entry.compressed_size
+    if features & (BlobFeatures.TARFS | BlobFeatures.EXTERNAL):
+        return entry.compressed_size
+    return entry.ci_offset - (TAR_HEADER_SIZE if features & BlobFeatures.HAS_TAR_HEADER else 0)
+
+
+class _Links(NamedTuple):
+    """What an inode says about its links, and its first path."""
+
+    path: bytes
+    nlink: int
+    is_dir: bool
+
+
+class _TreeCheck:
+    """Walks the tree once; every inode is decoded once, whatever its number of names."""
+
+    def __init__(self, image: Image, out: Collector) -> None:
+        self.image = image
+        self.out = out
+        self.links: dict[int, _Links] = {}
+        self.names: Counter[int] = Counter()
+        self.subdirectories: Counter[int] = Counter()
+        self.has_xattr = False
+        self._claimed = 0
+
+    def run(self) -> Iterator[Finding]:
+        root = self.image.root
+        self.names[root.nid] = 1
+        stack = []
+        if self._inode(b"/", root):
+            stack.append((b"/", root, root.nid))
+        while stack:
+            path, directory, parent = stack.pop()
+            prefix = path if path == b"/" else path + b"/"
+            children = []
+            for entry in self._entries(path, directory, parent):
+                child = self._child(prefix + entry.name, directory, entry)
+                if child is not None:
+                    children.append((prefix + entry.name, child, directory.nid))
+            stack.extend(reversed(children))
+            yield from self.out.drain()
+            if self._claimed > self.image.view.length:
+                # Without overlaps, the sum of all parts is below the whole: this bounds the work.
+                self.out.error("inodes claim more bytes than the image has, the walk stops here")
+                return
+        self._check_links()
+
+    def _entries(self, path: bytes, directory: Inode, parent: int) -> Iterator[DirectoryEntry]:
+        """Yield the entries of a directory without `.` and `..`, which are checked."""
+        out = self.out
+        previous = b""
+        dots = {b".": directory.nid, b"..": parent}
+        with out.guard(path):
+            for entry in directory.entries():
+                if entry.name == previous:
+                    out.error(f"name {entry.name!r} twice in the directory", path)
+                elif entry.name < previous:
+                    out.error(f"name {entry.name!r} behind {previous!r}", path)
+                previous = entry.name
+                if entry.name not in (b".", b".."):
+                    yield entry
+                    continue
+                expected = dots.pop(entry.name, entry.nid)
+                if entry.nid != expected or entry.file_type != layout.FT_DIRECTORY:
+                    out.error(
+                        f"entry {entry.name!r} is wrong: expected nid {expected}, got {entry.nid}"
+                        f" of type {entry.file_type}",
+                        path,
+                    )
+            for name in dots:
+                out.error(f"directory without {name!r}", path)
+
+    def _child(self, path: bytes, directory: Inode, entry: DirectoryEntry) -> Inode | None:
+        """Check what an entry points to; return it if it is a directory still to be walked."""
+        out = self.out
+        self.names[entry.nid] += 1
+        known = self.links.get(entry.nid)
+        if known is not None and known.is_dir:
+            out.error(f"directory met twice, first as {known.path!r}", path)
+            return None
+        inode = None
+        with out.guard(path):
+            inode = self.image.inode(entry.nid)
+        if inode is None:
+            self.subdirectories[directory.nid] += entry.file_type == layout.FT_DIRECTORY
+            return None
+        self.subdirectories[directory.nid] += inode.is_dir
+        expected = layout.FILE_TYPES[stat.S_IFMT(inode.mode)]
+        if entry.file_type != expected:
+            out.error(f"file type of the entry: expected {expected}, got {entry.file_type}", path)
+        if known is not None or not self._inode(path, inode):
+            return None
+        return inode if inode.is_dir else None
+
+    def _inode(self, path: bytes, inode: Inode) -> bool:
+        """Check an inode that is met for the first time; return whether its data is in place."""
+        out = self.out
+        self.links[inode.nid] = _Links(path, inode.nlink, inode.is_dir)
+        self._claimed += inode.record_size + inode.xattr_size
+        if inode.mtime_nsec >= 1_000_000_000:
+            out.warn(f"impossible nanoseconds {inode.mtime_nsec}", path, inode.offset)
+        self._xattrs(path, inode)
+        with out.guard(path):
+            if inode.is_regular:
+                self._regular(path, inode)
+            elif inode.is_dir or inode.is_symlink:
+                inode.flat_parts()
+                self._claimed += inode.size
+                if inode.is_symlink:
+                    self._symlink(path, inode)
+            return True
+        return False
+
+    def _symlink(self, path: bytes, inode: Inode) -> None:
+        target = inode.readlink()
+        if b"\0" in target or inode.size > layout.SYMLINK_MAX:
+            self.out.error("symlink target that Linux does not follow", path, inode.offset)
+
+    def _xattrs(self, path: bytes, inode: Inode) -> None:
+        seen: set[bytes] = set()
+        with self.out.guard(path):
+            for offset, name, _ in inode.xattr_entries():
+                if name in seen:
+                    self.out.error(f"xattr {name!r} twice", path, offset)
+                seen.add(name)
+        self.has_xattr = self.has_xattr or bool(seen)
+
+    def _regular(self, path: bytes, inode: Inode) -> None:
+        image, out = self.image, self.out
+        if inode.layout != layout.LAYOUT_CHUNK_BASED:
+            if isinstance(image, Bootstrap):
+                out.error("regular file that is not in chunks", path, inode.offset)
+            inode.flat_parts()
+            return
+        start, count = inode.index_area()
+        self._claimed += count * layout.CHUNK_INDEX_SIZE
+        known = len(image.devices)
+        for number, index in enumerate(inode.chunk_indexes()):
+            offset = start + number * layout.CHUNK_INDEX_SIZE
+            if index.blkaddr == layout.NULL_BLOCK:
+                if isinstance(image, Bootstrap):
+                    out.error("hole, which nydusd does not know", path, offset)
+                continue
+            if not -1 <= index.blob_index < known:
+                out.error(f"chunk {number}: no device {index.blob_index + 1}", path, offset)
+        if isinstance(image, Bootstrap):
+            self._chunks(path, inode, image)
+
+    def _chunks(self, path: bytes, inode: Inode, image: Bootstrap) -> None:
+        """Check a file's chunks against the tables, and what the kernel will make of them."""
+        indexes = list(inode.chunk_indexes())
+        if not image.is_tarfs:
+            for _ in image.file_chunks(inode):
+                pass
+        if inode.chunk_size == image.chunk_size or inode.size <= image.chunk_size:
+            return
+        step = image.chunk_size // image.block_size
+        adjacent = all(
+            left.blob_index == right.blob_index and left.blkaddr + step == right.blkaddr
+            for left, right in pairwise(indexes)
+        )
+        if inode.chunk_size < inode.size or not adjacent:
+            self.out.error(
+                f"Linux takes the chunks for {inode.chunk_size} bytes", path, inode.offset
+            )
+
+    def _check_links(self) -> None:
+        for nid, (path, nlink, is_dir) in self.links.items():
+            expected = 2 + self.subdirectories[nid] if is_dir else self.names[nid]
+            if nlink != expected:
+                self.out.error(f"link count: expected {expected}, got {nlink}", path)
+
+
+def _check_devices(image: Bootstrap, out: Collector) -> None:
+    """Compare the device table with the blob table (spec 1.8, 2.4, 7.1)."""
+    # The chunk table comes last, also in a disk image that has the blobs behind it.
+    end = image.extended.chunk_table_offset + image.extended.chunk_table_size
+    taken = [(0, -(-end // image.block_size), "the bootstrap")]
+    tags: set[bytes] = set()
+    for number, (slot, blob) in enumerate(zip(image.devices, image.blobs, strict=True)):
+        offset = layout.DEVICE_TABLE_OFFSET + number * layout.DEVICE_SLOT_SIZE
+        tag = slot.tag.rstrip(b"\0")
+        if tag != blob.blob_id:
+            out.error(f"device tag {tag!r} is not the blob id {blob.blob_id!r}", offset=offset)
+        if tag in tags:
+            out.error(f"two devices have the tag {tag!r}", offset=offset)
+        tags.add(tag)
+        if not tag or any(not 0x20 < byte < 0x7F for byte in tag):
+            out.error(f"blob id {tag!r} is empty or not printable ASCII", offset=offset)
+        blocks = blob.uncompressed_size // image.block_size
+        if slot.blocks != blocks or not blocks:
+            out.error(f"blocks of the device: expected {blocks}, got {slot.blocks}", offset=offset)
+        if slot.mapped_blkaddr:
+            end = slot.mapped_blkaddr + slot.blocks
+            taken.append((slot.mapped_blkaddr, end, f"device {number + 1}"))
+    taken.sort()
+    for (_, end, name), (start, _, other) in pairwise(taken):
+        if start < end:
+            out.error(f"{other} is mapped into {name}, at block {start:#x}")
+
+
+def _check_superblock(image: Bootstrap, tree: _TreeCheck, out: Collector) -> None:
+    superblock = image.superblock
+    if superblock.feature_compat & layout.FEATURE_COMPAT_CHECKSUM:
+        out.error("superblock with the checksum feature, but RAFS v6 has no checksum")
+    blocks = sum(slot.blocks for slot in image.devices)
+    if not image.devices and superblock.blocks not in (0, layout.BLOCK_SIZE):
+        out.error(f"blocks of an image without blobs: expected 0, got {superblock.blocks}")
+    elif superblock.blocks != blocks:
+        out.warn(f"blocks of the superblock: expected {blocks}, got {superblock.blocks}")
+    names = tree.names.total()
+    if superblock.inos != names:
+        out.warn(f"number of inodes: expected {names}, got {superblock.inos}")
+    if tree.has_xattr and Flags.HAS_XATTR not in image.flags:
+        out.error("there are xattrs, but no flag that says so: nydusd will hide them")
+    for nid in image.prefetch_nids:
+        if nid not in tree.links:
+            out.error(f"prefetch table names nid {nid}, which is not in the tree")
+
+
+def _check_chunk_info(info: ChunkInfo, blob: BlobEntry, chunk_size: int) -> str | None:
+    """Return what is wrong with a chunk by itself, if anything."""
+    if info.chunk_index >= blob.chunk_count:
+        return f"chunk index {info.chunk_index} of a blob with {blob.chunk_count} chunks"
+    if not 0 < info.uncompressed_size <= chunk_size:
+        return f"impossible chunk size {info.uncompressed_size}"
+    end = info.uncompressed_offset + info.uncompressed_size
+    if end > align_up(blob.uncompressed_size, CI_ALIGNMENT):
+        return f"chunk ends behind its blob, at {end:#x}"
+    if info.compressed_offset + info.compressed_size > chunk_data_size(blob):
+        return f"chunk data ends behind its blob, at offset {info.compressed_offset:#x}"
+    plain = not info.flags & (ChunkFlags.COMPRESSED | ChunkFlags.ENCRYPTED | ChunkFlags.BATCH)
+    in_batch = blob.features & BlobFeatures.BATCH and not info.compressed_size
+    if plain and not in_batch and info.compressed_size != info.uncompressed_size:
+        return "chunk of two sizes that is not compressed"
+    return None
+
+
+def _check_chunk_table(image: Bootstrap, out: Collector) -> None:
+    """Check the chunk info table by itself and against the blob table (spec 2.5, 4.3)."""
+    start = image.extended.chunk_table_offset
+    by_blob: dict[int, list[ChunkInfo]] = {}
+    previous: tuple[bytes, int] | None = None
+    for number, info in enumerate(image.chunk_infos):
+        offset = start + number * CHUNK_INFO_SIZE
+        key = (info.digest, info.blob_index)
+        if previous is not None and key <= previous:
+            out.error("chunk table is not sorted, or has a chunk twice", offset=offset)
+        previous = key
+        wrong = _check_chunk_info(info, image.blobs[info.blob_index], image.chunk_size)
+        if wrong is not None:
+            out.error(wrong, offset=offset)
+        by_blob.setdefault(info.blob_index, []).append(info)
+    for index, infos in sorted(by_blob.items()):
+        _check_adjacent(index, image.blobs[index], infos, out)
+
+
+def _check_adjacent(index: int, blob: BlobEntry, infos: list[ChunkInfo], out: Collector) -> None:
+    infos.sort(key=lambda info: info.chunk_index)
+    for left, right in pairwise(infos):
+        end = align_up(left.uncompressed_offset + left.uncompressed_size, CI_ALIGNMENT)
+        neighbours = left.chunk_index + 1 == right.chunk_index
+        if left.chunk_index == right.chunk_index:
+            out.error(f"blob {index}: two entries for chunk {right.chunk_index}")
+        elif right.uncompressed_offset < end or (neighbours and right.uncompressed_offset != end):
+            out.error(
+                f"blob {index}: chunk {right.chunk_index} at {right.uncompressed_offset:#x}"
+                f" does not follow chunk {left.chunk_index}, which ends at {end:#x}"
+            )
+    if len(infos) == blob.chunk_count and infos[0].uncompressed_offset:
+        out.error(f"blob {index}: its first chunk is not at 0")
+
+
+def _check_blobs(image: Bootstrap, out: Collector) -> None:
+    for index, blob in enumerate(image.blobs):
+        if not blob.chunk_count and not image.is_tarfs:
+            out.error(f"blob {index} has no chunks")
+        key = blob.blob_meta_digest
+        if blob.cipher == Cipher.AES_128_XTS and key[:16] == key[16:]:
+            out.error(f"blob {index}: the halves of its key are equal")
+
+
+def check_image(image: Image) -> Iterator[Finding]:
+    """Yield what is wrong with an image; nothing means that strict readers take it.
+
+    The whole tree is decoded: names, types, link counts, xattrs, symlinks, chunk indexes,
+    and for a bootstrap the tables against each other (spec rafs-v6 7.1, 7.2). Memory is
+    in proportion to the number of inodes, and work to the length of the image. Errors that
+    the reader raises become findings.
+    """
+    out = Collector(ERROR if isinstance(image, Bootstrap) else WARNING)
+    if not image.superblock.root_nid:
+        out.error("the root has nid 0, which Linux refuses")
+    tree = _TreeCheck(image, out)
+    with out.guard():
+        yield from tree.run()
+    if isinstance(image, Bootstrap):
+        with out.guard():
+            _check_superblock(image, tree, out)
+        with out.guard():
+            _check_devices(image, out)
+        _check_blobs(image, out)
+        if not image.is_tarfs:
+            with out.guard():
+                _check_chunk_table(image, out)
+    yield from out.drain()

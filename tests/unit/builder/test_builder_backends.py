@@ -1,0 +1,48 @@
+import json
+
+import pytest
+
+from builder.backends import blob_directory, configured_backend
+from builder.errors import BuildError
+from erofs import NydusError
+from fscache.backend.config import ConfigError
+from tests.fakes.blob_server import BlobServer
+
+
+def test_http_proxy_reads_blobs():
+    with BlobServer({"id": b"0123456789"}) as server:
+        backend = configured_backend(
+            "http-proxy", json.dumps({"addr": server.address, "timeout": 3})
+        )
+        assert backend.open("id").read_at(2, 3) == b"234"
+        backend.close()
+
+
+@pytest.mark.parametrize("kind", ["oss", "s3", "registry", "localdisk"])
+def test_other_types_are_not_there_yet(kind):
+    with pytest.raises(ConfigError, match=f"'{kind}' is not supported in this version"):
+        configured_backend(kind, "{}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "{}", b"\xff",
+        '{"addr": 1}', '{"addr": ""}', '{"addr": "nowhere"}',
+        '{"addr": "http://h", "path": 1}',
+        '{"addr": "http://h", "skip_verify": 1}',
+        '{"addr": "http://h", "ca_cert_files": "x"}',
+        '{"addr": "http://h", "timeout": true}',
+        '{"addr": "http://h", "timeout": 0}',
+        '{"addr": "http://h", "connect_timeout": "5"}',
+    ],
+)  # fmt: skip
+def test_refused_configurations_are_not_quoted(text):
+    with pytest.raises(NydusError) as raised:
+        configured_backend("http-proxy", text)
+    assert not text or str(text) not in str(raised.value)
+
+
+def test_blob_directory_must_exist(tmp_path):
+    with pytest.raises(BuildError, match="does not exist"):
+        blob_directory(tmp_path / "nope")

@@ -1,0 +1,113 @@
+import pytest
+
+from builder.chunkreader import ChunkReader, read_chunk, require_plain
+from erofs import Chunk, CodecError, CorruptStructure, IntegrityError, OutOfBounds
+from erofs.errors import UnsupportedFeature
+from erofs.rafs import BlobFeatures, ChunkFlags, Compressor
+from erofs.view import View
+from fscache.backend import Unavailable
+from tests.fakes.blob_image import Blob
+
+
+class Provider:
+    def __init__(self, stored, failures=0):
+        self.stored = stored
+        self.failures = failures
+        self.opened = []
+        self.reads = 0
+
+    def open(self, blob_id):
+        self.opened.append(blob_id)
+        return self
+
+    def size(self):
+        return len(self.stored)
+
+    def read_at(self, offset, length):
+        self.reads += 1
+        if self.failures:
+            self.failures -= 1
+            raise Unavailable("busy", temporary=True)
+        return View(self.stored).read_at(offset, length)
+
+
+def chunk_of(blob, number, **changes):
+    return Chunk.from_info(blob.chunks[number]._replace(**changes))
+
+
+@pytest.mark.parametrize("compressor", list(set(Compressor) - {Compressor.GZIP}))
+def test_content_comes_back(compressor):
+    blob = Blob([4096, 5000, 1], compressor=compressor)
+    reader = ChunkReader([blob.entry], [blob.entry.id], Provider(blob.stored))
+    for number, info in enumerate(blob.chunks):
+        start = info.uncompressed_offset
+        data = reader.read(chunk_of(blob, number))
+        assert bytes(data) == blob.plain[start : start + info.uncompressed_size]
+
+
+def test_names_blob_chunk_and_both_digests():
+    blob = Blob([4096, 4096])
+    chunk = chunk_of(blob, 1, digest=bytes(32))
+    reader = ChunkReader([blob.entry], ["stored-name"], Provider(blob.stored))
+    with pytest.raises(IntegrityError) as raised:
+        reader.read(chunk)
+    text = str(raised.value)
+    assert "blob stored-name, chunk 1" in text
+    assert f"expected {'00' * 32}, got {blob.chunks[1].digest.hex()}" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"uncompressed_size": 0}, CorruptStructure),
+        ({"uncompressed_size": 0xFFFFFFFF}, CorruptStructure),
+        ({"compressed_size": 0}, CorruptStructure),
+        ({"compressed_size": 0xFFFFFFFF}, CorruptStructure),
+        ({"flags": 0}, CorruptStructure),
+        ({"compressed_offset": 1 << 40}, OutOfBounds),
+        ({"flags": ChunkFlags.COMPRESSED | ChunkFlags.ENCRYPTED}, UnsupportedFeature),
+        ({"flags": ChunkFlags.BATCH}, UnsupportedFeature),
+        ({"uncompressed_size": 8192}, CodecError),
+    ],
+)
+def test_hostile_chunk_infos(changes, error):
+    blob = Blob([4096])
+    with pytest.raises(error):
+        read_chunk(View(blob.stored), blob.entry, chunk_of(blob, 0, **changes))
+
+
+def test_flipped_byte_is_never_returned():
+    blob = Blob([4096], compressor=Compressor.NONE)
+    for place in (0, 2048, 4095):
+        stored = bytearray(blob.stored)
+        stored[place] ^= 1
+        with pytest.raises(IntegrityError):
+            read_chunk(View(stored), blob.entry, chunk_of(blob, 0))
+
+
+@pytest.mark.parametrize("feature", ["BATCH", "ZRAN", "ENCRYPTED", "TARFS", "EXTERNAL"])
+def test_unsupported_blobs_are_named(feature):
+    blob = Blob([4096])
+    entry = blob.entry._replace(features=blob.entry.features | BlobFeatures[feature])
+    with pytest.raises(UnsupportedFeature, match=feature.lower()):
+        require_plain(entry)
+    with pytest.raises(UnsupportedFeature):
+        ChunkReader([entry], [entry.id], Provider(blob.stored))
+
+
+def test_repeated_chunk_is_read_once_and_blobs_are_opened_once():
+    blob = Blob([4096, 4096])
+    provider = Provider(blob.stored)
+    reader = ChunkReader([blob.entry], ["id"], provider)
+    zeros, other = chunk_of(blob, 0), chunk_of(blob, 1)
+    for chunk in (zeros, zeros, zeros, other, zeros):
+        reader.read(chunk)
+    assert provider.opened == ["id"]
+    assert provider.reads == 3
+
+
+def test_temporary_failures_are_repeated():
+    blob = Blob([4096])
+    provider = Provider(blob.stored, failures=1)
+    ChunkReader([blob.entry], ["id"], provider).read(chunk_of(blob, 0))
+    assert provider.reads == 2

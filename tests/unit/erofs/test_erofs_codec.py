@@ -1,0 +1,87 @@
+import os
+
+import lz4.block
+import pytest
+import zstandard
+
+from erofs.codec import compress, decompress
+from erofs.digest import crc32c, digest
+from erofs.errors import CodecError
+from erofs.rafs import Compressor, Digester
+
+_TEXT = b"the quick brown fox jumps over the lazy dog. " * 100
+
+
+def test_digests_of_the_published_vectors():
+    assert digest(Digester.SHA256, b"abc").hex() == (
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
+    assert digest(Digester.BLAKE3, b"").hex() == (
+        "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
+    )
+    assert crc32c(b"123456789") == 0xE3069283
+
+
+@pytest.mark.parametrize("algorithm", [Compressor.LZ4_BLOCK, Compressor.ZSTD])
+def test_round_trip(algorithm):
+    stored = compress(algorithm, _TEXT)
+    assert len(stored) < len(_TEXT)
+    assert decompress(algorithm, memoryview(stored), len(_TEXT)) == _TEXT
+
+
+def test_lz4_is_a_raw_block_that_other_readers_take():
+    assert lz4.block.decompress(compress(Compressor.LZ4_BLOCK, _TEXT), len(_TEXT)) == _TEXT
+    # LZ4_compress_default: the literal run, one match of the whole rest, the last five bytes.
+    assert compress(Compressor.LZ4_BLOCK, b"a" * 40).hex() == "1f610100" + "0f" + "506161616161"
+
+
+def test_zstd_is_one_frame_with_its_size_and_without_a_checksum():
+    parameters = zstandard.get_frame_parameters(compress(Compressor.ZSTD, _TEXT))
+    assert parameters.content_size == len(_TEXT)
+    assert not parameters.has_checksum
+
+
+@pytest.mark.parametrize("algorithm", Compressor)
+def test_what_does_not_shrink_stays(algorithm):
+    if algorithm is not Compressor.GZIP:
+        assert compress(algorithm, os.urandom(64)) is None
+        assert compress(algorithm, b"") is None
+
+
+def test_none_checks_the_length():
+    assert decompress(Compressor.NONE, b"abc", 3) == b"abc"
+    with pytest.raises(CodecError, match="expected 4, got 3"):
+        decompress(Compressor.NONE, b"abc", 4)
+
+
+@pytest.mark.parametrize("algorithm", [Compressor.LZ4_BLOCK, Compressor.ZSTD])
+@pytest.mark.parametrize("size", [len(_TEXT) - 1, len(_TEXT) + 1, 0])
+def test_the_wrong_length_is_refused(algorithm, size):
+    with pytest.raises(CodecError):
+        decompress(algorithm, compress(algorithm, _TEXT), size)
+
+
+@pytest.mark.parametrize("algorithm", [Compressor.LZ4_BLOCK, Compressor.ZSTD, Compressor.GZIP])
+@pytest.mark.parametrize("data", [b"", b"\xff" * 40, b"\x28\xb5\x2f\xfd", bytes(100)])
+def test_garbage_is_refused(algorithm, data):
+    with pytest.raises(CodecError):
+        decompress(algorithm, data, 100)
+
+
+def test_bombs_are_refused_at_the_promised_size():
+    bomb = bytes(1 << 26)
+    sized = zstandard.ZstdCompressor().compress(bomb)
+    unsized = zstandard.ZstdCompressor(write_content_size=False).compress(bomb)
+    block = lz4.block.compress(bomb, store_size=False)
+    for algorithm, data in (
+        (Compressor.ZSTD, sized),
+        (Compressor.ZSTD, unsized),
+        (Compressor.LZ4_BLOCK, block),
+    ):
+        with pytest.raises(CodecError):
+            decompress(algorithm, data, 4096)
+
+
+def test_frame_without_a_content_size():
+    frame = zstandard.ZstdCompressor(write_content_size=False).compress(_TEXT)
+    assert decompress(Compressor.ZSTD, frame, len(_TEXT)) == _TEXT

@@ -1,0 +1,153 @@
+"""The daemon without a kernel: states, refused images, and the API on its socket."""
+
+import http.client
+import json
+import socket
+
+import pytest
+
+from builder.build import BuildOptions, build
+from erofs import CorruptStructure, open_bootstrap
+from fscache.api import ApiError, ApiServer
+from fscache.backend import LocalFsConfig
+from fscache.config import DaemonConfig
+from fscache.daemon import Daemon, State, StateError, read_plans
+from fscache.mount import MountError
+
+
+@pytest.fixture
+def image(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_bytes(b"content" * 5000)
+    build(source, BuildOptions(bootstrap=tmp_path / "boot", blob_dir=tmp_path))
+    return tmp_path / "boot"
+
+
+def make(tmp_path, bootstrap, mountpoint=None):
+    config = DaemonConfig(LocalFsConfig(dir=tmp_path), tmp_path / "cache", "label")
+    return Daemon(config, bootstrap, mountpoint or tmp_path)
+
+
+def test_plans_hold_every_chunk(image):
+    (plan,) = read_plans(image)
+    with open_bootstrap(image) as bootstrap:
+        assert plan.entry == bootstrap.blobs[0]
+        assert tuple(plan.chunks) == bootstrap.chunk_infos
+
+
+@pytest.mark.parametrize(
+    ("offset", "text"),
+    [(1408 + 64, "differ in size"), (1408, "name different blobs")],
+)
+def test_device_table_that_contradicts_the_blob_table(image, offset, text):
+    data = bytearray(image.read_bytes())
+    data[offset] ^= 1
+    image.write_bytes(data)
+    with pytest.raises(CorruptStructure, match=text) as caught:
+        read_plans(image)
+    assert caught.value.where["path"] == image
+
+
+def test_start_that_fails_ends_stopped(tmp_path, image):
+    daemon = make(tmp_path, tmp_path / "nothing")
+    with pytest.raises(StateError, match="bootstrap cannot be opened"):
+        daemon.start()
+    assert daemon.state is State.STOPPED
+    daemon.stop()
+    with pytest.raises(StateError, match="started before"):
+        daemon.start()
+
+
+def test_mountpoint_is_looked_at_first(tmp_path, image):
+    daemon = make(tmp_path, image, tmp_path / "nowhere")
+    with pytest.raises(MountError, match="not a directory"):
+        daemon.start()
+    assert not (tmp_path / "cache").exists()
+
+
+class UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path):
+        super().__init__("localhost", timeout=10)
+        self._path = str(path)
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(10)
+        self.sock.connect(self._path)
+
+
+@pytest.fixture
+def api(tmp_path, image):
+    daemon = make(tmp_path, image)
+    server = ApiServer(tmp_path / "api.sock", daemon)
+    connection = UnixConnection(tmp_path / "api.sock")
+    yield daemon, connection
+    connection.close()
+    server.close()
+    assert not (tmp_path / "api.sock").exists()
+
+
+def ask(connection, method, path, body=None):
+    connection.request(method, path, body)
+    answer = connection.getresponse()
+    return answer, answer.read()
+
+
+def test_daemon_information(api):
+    _, connection = api
+    answer, body = ask(connection, "GET", "/api/v1/daemon")
+    assert (answer.status, answer.reason) == (200, "")
+    assert answer.headers["Server"] == "Nydus API"
+    info = json.loads(body)
+    assert info["state"] == "INIT"
+    assert set(info["version"]) == {
+        "package_ver", "git_commit", "build_time", "profile", "rustc",
+    }  # fmt: skip
+    # Keep-alive: the same connection serves again.
+    assert ask(connection, "GET", "/api/v1/metrics/blobcache")[0].status == 200
+
+
+def test_exit_asks_for_a_stop(api):
+    daemon, connection = api
+    answer, body = ask(connection, "PUT", "/api/v1/daemon/exit")
+    assert (answer.status, body) == (204, b"")
+    daemon.wait()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing", 404),
+        ("GET", "/api/v1/daemon/", 404),
+        ("PUT", "/api/v1/daemon", 400),
+        ("DELETE", "/api/v1/daemon/exit", 400),
+        ("GET", "/api/v1/metrics/backend", 404),
+    ],
+)
+def test_refusals(api, method, path, status):
+    answer, body = ask(api[1], method, path)
+    assert answer.status == status
+    assert json.loads(body)["code"] == "UNDEFINED"
+
+
+def test_large_bodies_are_refused(api):
+    answer, _ = ask(api[1], "PUT", "/api/v1/daemon/exit", b"x" * 51_201)
+    assert answer.status == 400
+    assert answer.headers["Connection"] == "close"
+
+
+def test_sockets(tmp_path, image):
+    daemon = make(tmp_path, image)
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    server = ApiServer(path, daemon)
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(ApiError, match="another process serves"):
+        ApiServer(path, daemon)
+    server.close()
+    path.write_text("a file")
+    with pytest.raises(ApiError, match="cannot be made"):
+        ApiServer(path, daemon)
+    assert path.read_text() == "a file"

@@ -1,8 +1,8 @@
 """From byte ranges of a blob's uncompressed space to chunks: checked columns and bisection.
 
-Pure: nothing is read or written here. A *position* is a chunk's place in the order of
-uncompressed offsets; its *index* is its place in the blob's compression table, which is what
-the chunk map on disk counts. The table of a bootstrap names only chunks that files refer to.
+Pure: nothing is read or written here. The *index* of a chunk is its place in the blob's
+compression table, which is what the chunk map on disk counts; uncompressed offsets ascend
+with it (spec rafs-v6 4.3).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from operator import attrgetter
 
 from erofs.errors import CorruptStructure, OutOfBounds, UnsupportedFeature, error_context
 from erofs.layout import BLOCK_SIZE
@@ -110,9 +109,12 @@ def _check_chunk(entry: BlobEntry, chunk: ChunkInfo) -> None:
 
 
 class BlobMap:
-    """The referenced chunks of one blob, as columns in the order of uncompressed offsets.
+    """The known chunks of one blob, as columns by index.
 
-    `uncompressed_size` is that of the data file, in whole pages.
+    A bootstrap names only the chunks that its files refer to, so an index may be unknown: it
+    then has no bytes and lies where the chunk before it ends. `with_chunks` makes a map that
+    knows those of a further image; indexes mean the same in both. `uncompressed_size` is that
+    of the data file, in whole pages.
 
     Args:
         entry: the blob's entry in the blob table.
@@ -124,62 +126,125 @@ class BlobMap:
     """
 
     def __init__(self, entry: BlobEntry, chunks: Iterable[ChunkInfo]) -> None:
-        rows = sorted(chunks, key=attrgetter("uncompressed_offset"))
+        self.entry = entry
         self.blob_id = entry.id
         with error_context(blob=entry.id):
             _check_entry(entry)
-            for row in rows:
+            rows: dict[int, ChunkInfo] = {}
+            for row in chunks:
                 with error_context(chunk=row.chunk_index):
                     _check_chunk(entry, row)
+                    if row.chunk_index in rows:
+                        raise CorruptStructure("two chunks with one index")
+                rows[row.chunk_index] = row
         self.chunk_count = entry.chunk_count
         # Generated chunk dictionaries have sizes that are not aligned; pages are whole.
         self.uncompressed_size = align_up(entry.uncompressed_size, BLOCK_SIZE)
         self.compressor = Compressor(entry.compressor)
         self.digester = Digester(entry.digester)
-        self.indexes = array("I", [row.chunk_index for row in rows])
-        self.uncompressed_offsets = array("Q", [row.uncompressed_offset for row in rows])
-        self.uncompressed_sizes = array("I", [row.uncompressed_size for row in rows])
-        self.compressed_offsets = array("Q", [row.compressed_offset for row in rows])
-        self.compressed_sizes = array("I", [row.compressed_size for row in rows])
-        self.compressed = bytes(row.is_compressed for row in rows)
-        self._digests = b"".join([row.digest for row in rows])
+        self.known_count = len(rows)
+        self.known = bytearray(self.chunk_count)
+        self.compressed = bytearray(self.chunk_count)
+        self.uncompressed_offsets = array("Q", bytes(8 * self.chunk_count))
+        self.uncompressed_sizes = array("I", bytes(4 * self.chunk_count))
+        self.compressed_offsets = array("Q", bytes(8 * self.chunk_count))
+        self.compressed_sizes = array("I", bytes(4 * self.chunk_count))
+        self._digests = bytearray(DIGEST_BYTES * self.chunk_count)
+        self._gaps_before = array("I", bytes(4 * self.chunk_count))
         with error_context(blob=entry.id):
-            self._gaps_before = self._count_gaps()
-            if len(set(self.indexes)) != len(rows):
-                raise CorruptStructure("two chunks with one index")
+            self._fill(rows)
 
-    def __len__(self) -> int:
-        return len(self.indexes)
+    def _fill(self, rows: dict[int, ChunkInfo]) -> None:
+        end = gaps = 0
+        for index in range(self.chunk_count):
+            row = rows.get(index)
+            if row is not None:
+                self._set(index, row)
+                if row.uncompressed_offset < end:
+                    raise CorruptStructure(
+                        "chunk overlaps the one before",
+                        chunk=index,
+                        offset=row.uncompressed_offset,
+                    )
+                gaps += row.uncompressed_offset > end
+                end = self.page_end(index)
+            else:
+                self.uncompressed_offsets[index] = end
+            self._gaps_before[index] = gaps
 
-    def _count_gaps(self) -> array[int]:
-        """Return how many gaps lie before each chunk; raise when two chunks overlap."""
-        gaps = array("I")
-        count = 0
-        end = 0
-        for position, offset in enumerate(self.uncompressed_offsets):
-            if offset < end:
-                raise CorruptStructure(
-                    "chunk overlaps the one before", chunk=self.indexes[position], offset=offset
-                )
-            count += offset > end
-            gaps.append(count)
-            end = self.page_end(position)
-        return gaps
+    def _set(self, index: int, row: ChunkInfo) -> None:
+        self.known[index] = 1
+        self.compressed[index] = row.is_compressed
+        self.uncompressed_offsets[index] = row.uncompressed_offset
+        self.uncompressed_sizes[index] = row.uncompressed_size
+        self.compressed_offsets[index] = row.compressed_offset
+        self.compressed_sizes[index] = row.compressed_size
+        self._digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES] = row.digest
 
-    def page_end(self, position: int) -> int:
-        """Return the uncompressed offset behind the chunk's last page."""
-        return align_up(
-            self.uncompressed_offsets[position] + self.uncompressed_sizes[position], BLOCK_SIZE
+    def _row(self, index: int) -> ChunkInfo:
+        return ChunkInfo(
+            digest=self.digest(index),
+            blob_index=self.entry.blob_index,
+            flags=ChunkFlags.COMPRESSED if self.compressed[index] else 0,
+            compressed_size=self.compressed_sizes[index],
+            uncompressed_size=self.uncompressed_sizes[index],
+            compressed_offset=self.compressed_offsets[index],
+            uncompressed_offset=self.uncompressed_offsets[index],
+            file_offset=0,
+            chunk_index=index,
+            crc32c=0,
         )
 
-    def digest(self, position: int) -> bytes:
+    def with_chunks(self, entry: BlobEntry, chunks: Iterable[ChunkInfo]) -> BlobMap:
+        """Return a map that also knows the chunks of another image on the same blob.
+
+        This one when it knows them all.
+
+        Raises:
+            CorruptStructure: the two images say different things about the blob.
+        """
+        other = BlobMap(entry, chunks)
+        with error_context(blob=self.blob_id):
+            for name in ("chunk_count", "uncompressed_size", "compressor", "digester"):
+                if getattr(self, name) != getattr(other, name):
+                    raise CorruptStructure(
+                        f"images differ about the blob's {name}",
+                        expected=getattr(self, name),
+                        got=getattr(other, name),
+                    )
+            fresh = []
+            for index in other.positions():
+                if not self.known[index]:
+                    fresh.append(other._row(index)._replace(blob_index=self.entry.blob_index))
+                elif self._row(index)[2:] != other._row(index)[2:] or self.digest(
+                    index
+                ) != other.digest(index):
+                    raise CorruptStructure("images differ about a chunk", chunk=index)
+        if not fresh:
+            return self
+        return BlobMap(self.entry, [*map(self._row, self.positions()), *fresh])
+
+    def positions(self) -> list[int]:
+        """Return the indexes of the known chunks, ascending."""
+        return [index for index, known in enumerate(self.known) if known]
+
+    def __len__(self) -> int:
+        return self.known_count
+
+    def page_end(self, index: int) -> int:
+        """Return the uncompressed offset behind the chunk's last page."""
+        return align_up(
+            self.uncompressed_offsets[index] + self.uncompressed_sizes[index], BLOCK_SIZE
+        )
+
+    def digest(self, index: int) -> bytes:
         """Return the digest that the uncompressed chunk must have."""
-        return self._digests[position * DIGEST_BYTES : (position + 1) * DIGEST_BYTES]
+        return bytes(self._digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES])
 
     def chunks_in(self, offset: int, length: int) -> range:
-        """Return the positions of the chunks that hold a range of the uncompressed space.
+        """Return the indexes of the chunks that hold a range of the uncompressed space.
 
-        Raises `OutOfBounds` when a page of the range belongs to no referenced chunk: nothing
+        Raises `OutOfBounds` when a page of the range belongs to no known chunk: nothing
         could ever fill it, so it must not be read as zeros.
         """
         end = offset + length
@@ -193,8 +258,10 @@ class BlobMap:
             )
         if length == 0:
             return range(0)
-        first = bisect_right(self.uncompressed_offsets, offset) - 1
-        stop = bisect_left(self.uncompressed_offsets, end)
+        # Unknown chunks have no bytes: behind a known one they share its end, so the last
+        # index at or before `offset` may be unknown, and the known one is searched backwards.
+        first = self.known.rfind(1, 0, bisect_right(self.uncompressed_offsets, offset))
+        stop = self.known.rfind(1, 0, bisect_left(self.uncompressed_offsets, end)) + 1
         if (
             first < 0
             or offset >= self.page_end(first)
@@ -202,16 +269,16 @@ class BlobMap:
             or self._gaps_before[first] != self._gaps_before[stop - 1]
         ):
             raise OutOfBounds(
-                f"range of {length} bytes with pages that belong to no referenced chunk",
+                f"range of {length} bytes with pages that belong to no known chunk",
                 blob=self.blob_id,
                 offset=offset,
             )
         return range(first, stop)
 
     def groups(self, positions: Sequence[int], max_bytes: int) -> Iterator[range]:
-        """Join ascending positions into runs that one range of the stored blob covers.
+        """Join ascending indexes into runs that one range of the stored blob covers.
 
-        A run has neighbouring positions, touching compressed ranges, and at most `max_bytes`
+        A run has neighbouring indexes, touching compressed ranges, and at most `max_bytes`
         compressed bytes; a larger chunk is a run of its own.
         """
         if not positions:
@@ -229,17 +296,17 @@ class BlobMap:
             first = last = position
         yield range(first, last + 1)
 
-    def compressed_end(self, position: int) -> int:
+    def compressed_end(self, index: int) -> int:
         """Return the offset in the stored blob behind the chunk."""
-        return self.compressed_offsets[position] + self.compressed_sizes[position]
+        return self.compressed_offsets[index] + self.compressed_sizes[index]
 
     def covered_by(self, ranges: Iterable[tuple[int, int]]) -> bytearray:
-        """Return one byte for each position: 1 when one of the ranges holds all its pages.
+        """Return one byte for each index: 1 when one of the ranges holds all its pages.
 
         Args:
             ranges: ascending, separate `(start, end)` pairs of the uncompressed space.
         """
-        covered = bytearray(len(self))
+        covered = bytearray(self.chunk_count)
         for start, end in ranges:
             first = bisect_left(self.uncompressed_offsets, start)
             stop = bisect_left(self.uncompressed_offsets, end)

@@ -72,20 +72,38 @@ class CachedBlob:
             chunks: the chunk info table entries of this blob.
             reader: where the blob is stored; its id names the files.
             metrics: counters of the image.
-            on_complete: called once by a thread of the fetcher when the last referenced chunk
-                is ready and durable, also when that was so from the start.
+            on_complete: called by a thread of the fetcher when the last known chunk is ready
+                and durable, also when that was so from the start; again after `learn`.
 
         Raises `FormatError`, `CacheError`, and `BackendError` for a refused id.
         """
         blob_map = BlobMap(entry, chunks)
         cache = CacheFile.open(directory, reader.blob_id, blob_map.uncompressed_size)
         try:
-            chunk_map = ChunkMap(cache.map_path, blob_map.chunk_count, blob_map.indexes)
+            chunk_map = ChunkMap(cache.map_path, blob_map.known)
             chunk_map.load(blob_map.covered_by(cache.data_ranges()))
         except BaseException:
             cache.close()
             raise
         return cls(reader, blob_map, cache, chunk_map, metrics, on_complete)
+
+    def learn(self, entry: BlobEntry, chunks: Iterable[ChunkInfo]) -> bool:
+        """Take over the chunks of another image on the same blob; return whether some are new.
+
+        Raises `FormatError` when the images contradict each other, and `CacheError`.
+        """
+        wider = self.map.with_chunks(entry, chunks)
+        if wider is self.map:
+            return False
+        with self.in_use(), self._lock:
+            # In this order: whoever has the new map finds its chunks missing, not ready.
+            self.chunks.know(wider.known)
+            self.map = wider
+            self._completed = False
+        before = self.chunks.ready_count
+        self.chunks.load(wider.covered_by(self.cache.data_ranges()))
+        self.metrics.add_chunks(self.cache.path.name, self.chunks.ready_count - before)
+        return True
 
     @property
     def path(self) -> Path:
@@ -94,7 +112,7 @@ class CachedBlob:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every referenced chunk is ready, perhaps not yet durable."""
+        """Whether every known chunk is ready, perhaps not yet durable."""
         return self.chunks.is_complete
 
     @contextmanager
@@ -148,7 +166,7 @@ class CachedBlob:
         Raises `CodecError`, `IntegrityError`, `CacheError`.
         """
         table = self.map
-        with error_context(blob=self.blob_id, chunk=table.indexes[position]):
+        with error_context(blob=self.blob_id, chunk=position):
             data: bytes | memoryview = stored
             if table.compressed[position]:
                 try:

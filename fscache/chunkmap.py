@@ -102,33 +102,33 @@ class Waiter(Protocol):
 
 
 class ChunkMap:
-    """Readiness of the referenced chunks of one blob, by position; safe for many threads.
+    """Readiness of the known chunks of one blob, by index; safe for many threads.
 
     Args:
         path: the map file.
-        chunk_count: chunks of the whole blob, which fixes the file's size.
-        indexes: for each position the chunk's bit in the file.
+        known: one byte for each chunk of the blob: whether some image told where it is.
+            Unknown ones count as ready, as there is nothing to do for them.
 
     A claim is settled by `complete` or `fail`, which return the waiters to the caller, who
     tells them; exactly once.
     """
 
-    def __init__(self, path: Path, chunk_count: int, indexes: Sequence[int]) -> None:
+    def __init__(self, path: Path, known: bytes | bytearray) -> None:
         self._path = path
-        self._chunk_count = chunk_count
-        self._indexes = indexes
+        self._chunk_count = len(known)
         self._lock = threading.Lock()
         self._sync_lock = threading.Lock()
-        self._ready = bytearray(len(indexes))
+        self._known = bytearray(known)
+        self._ready = bytearray(1 - byte for byte in known)
         self._ready_count = 0
         self._pending: dict[int, list[Waiter]] = {}
         self._unsynced: list[int] = []
 
     def load(self, present: Sequence[int]) -> None:
-        """Take over the bits of the map file before the first claim.
+        """Take over the bits of the map file, before the first claim and after `know`.
 
         Args:
-            present: by position, whether the data file has data there; a bit that stands for
+            present: by index, whether the data file has data there; a bit that stands for
                 a hole is not believed (a data file that was replaced, nydusd after a power
                 failure).
 
@@ -139,30 +139,46 @@ class ChunkMap:
             if bits is None:
                 return
             refused = 0
-            for position, index in enumerate(self._indexes):
-                if bits[index >> 3] & (0x80 >> (index & 7)):
-                    if present[position]:
-                        self._ready[position] = 1
-                    else:
-                        refused += 1
-            self._ready_count = self._ready.count(1)
+            with self._lock:
+                for index, known in enumerate(self._known):
+                    if not known or self._ready[index] or index in self._pending:
+                        continue
+                    if bits[index >> 3] & (0x80 >> (index & 7)):
+                        if present[index]:
+                            self._ready[index] = 1
+                            self._ready_count += 1
+                        else:
+                            refused += 1
+                if refused:
+                    self._unsynced = [
+                        index
+                        for index, known in enumerate(self._known)
+                        if known and self._ready[index]
+                    ]
             if refused:
                 logger.warning("%s: %d ready chunks are holes: now missing", self._path, refused)
                 # The next sync writes a map without them.
                 self._path.unlink(missing_ok=True)
-                self._unsynced = [p for p, ready in enumerate(self._ready) if ready]
         except OSError as error:
             raise CacheError.of("cannot read the chunk map", error, path=self._path) from error
 
+    def know(self, known: bytes | bytearray) -> None:
+        """Learn of further chunks, which are missing until `load` finds them on disk."""
+        with self._lock:
+            for index, byte in enumerate(known):
+                if byte and not self._known[index]:
+                    self._known[index] = 1
+                    self._ready[index] = 0
+
     @property
     def ready_count(self) -> int:
-        """How many referenced chunks are ready."""
+        """How many known chunks are ready."""
         return self._ready_count
 
     @property
     def is_complete(self) -> bool:
-        """Whether every referenced chunk is ready."""
-        return self._ready_count == len(self._ready)
+        """Whether every known chunk is ready."""
+        return self._ready.find(0) < 0
 
     @property
     def is_dirty(self) -> bool:
@@ -214,7 +230,7 @@ class ChunkMap:
     def sync(self, data: CacheFile) -> bool:
         """Make the data durable, then the bits of the chunks that were ready before.
 
-        Returns whether every referenced chunk is ready and durable now.
+        Returns whether every known chunk is ready and durable now.
 
         Raises `CacheError`. When the data could not be synced the kernel may have dropped
         it, so those chunks become missing again. When only the map could not be written they
@@ -237,7 +253,7 @@ class ChunkMap:
         try:
             # Bits belong to the file under that name, which must be the one just synced.
             data.check_place()
-            merge_bits(self._path, self._chunk_count, [self._indexes[p] for p in fresh])
+            merge_bits(self._path, self._chunk_count, fresh)
         except (CacheError, OSError) as error:
             with self._lock:
                 self._unsynced += fresh

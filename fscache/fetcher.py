@@ -290,7 +290,7 @@ class Fetcher:
             raise answer[0]
 
     def fetch_all(self, blob: CachedBlob, progress: Progress | None = None) -> None:
-        """Make every referenced chunk ready and durable, in order, by merged ranges.
+        """Make every known chunk ready and durable, in order, by merged ranges.
 
         Args:
             blob: an attached blob.
@@ -301,7 +301,7 @@ class Fetcher:
         # Half of the blob's workers stay free for readers who wait.
         slots = max(1, self._options.workers_per_blob // 2)
         run = FetchAll(blob, slots, progress)
-        for group in blob.map.groups(range(len(blob.map)), self._options.max_merge):
+        for group in blob.map.groups(blob.map.positions(), self._options.max_merge):
             if not run.begin():
                 break
             self._request(blob, group, run.done_with(group))

@@ -41,6 +41,12 @@ class CacheMetrics:
             self._incomplete.add(name)
             self._entries += ready_chunks
 
+    def add_chunks(self, name: str, ready_chunks: int) -> None:
+        """Count ready chunks of a data file that a further image knows; it may miss others."""
+        with self._lock:
+            self._incomplete.add(name)
+            self._entries += ready_chunks
+
     def remove_file(self, name: str, ready_chunks: int) -> None:
         """Forget a data file."""
         with self._lock:

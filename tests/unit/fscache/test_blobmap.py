@@ -35,9 +35,9 @@ def test_pages_of_no_chunk_are_refused(blob):
     table = BlobMap(blob.entry, [blob.chunks[0], blob.chunks[2]])
     gap = CHUNK_SIZE
     assert table.chunks_in(0, CHUNK_SIZE) == range(1)
-    assert table.chunks_in(gap + 4096, 4096) == range(1, 2)
+    assert table.chunks_in(gap + 4096, 4096) == range(2, 3)
     for offset, length in ((gap, 4096), (0, gap + 4096), (gap, 8192), (0, gap + 8192)):
-        with pytest.raises(OutOfBounds, match="no referenced chunk"):
+        with pytest.raises(OutOfBounds, match="no known chunk"):
             table.chunks_in(offset, length)
     with pytest.raises(OutOfBounds):
         table.chunks_in(gap + 8192, 4096)
@@ -74,7 +74,33 @@ def test_groups(blob):
     assert list(table.groups([], 1)) == []
     # Neighbours in the uncompressed space whose stored bytes do not touch.
     apart = BlobMap(blob.entry, blob.chunks[:1] + blob.chunks[2:])
-    assert list(apart.groups(range(4), 1 << 30)) == [range(1), range(1, 4)]
+    assert list(apart.groups(apart.positions(), 1 << 30)) == [range(1), range(2, 5)]
+
+
+def test_chunks_of_a_further_image(blob):
+    one = BlobMap(blob.entry, blob.chunks[:3])
+    both = one.with_chunks(blob.entry._replace(blob_index=0), blob.chunks[2:])
+    assert both.positions() == [0, 1, 2, 3, 4]
+    whole = BlobMap(blob.entry, blob.chunks)
+    assert both.chunks_in(0, len(blob.plain)) == whole.chunks_in(0, len(blob.plain))
+    assert [both.digest(i) for i in range(5)] == [whole.digest(i) for i in range(5)]
+    assert both.with_chunks(blob.entry, blob.chunks[1:4]) is both
+
+
+@pytest.mark.parametrize(
+    ("entry", "chunk"),
+    [
+        ({"chunk_count": 6}, {}),
+        ({"uncompressed_size": 1 << 20}, {}),
+        ({"compressor": Compressor.LZ4_BLOCK}, {}),
+        ({}, {"digest": bytes(32)}),
+        ({}, {"compressed_offset": 1}),
+    ],
+)
+def test_images_that_contradict_each_other(blob, entry, chunk):
+    one = BlobMap(blob.entry, blob.chunks[:3])
+    with pytest.raises(CorruptStructure, match="images differ"):
+        one.with_chunks(blob.entry._replace(**entry), [blob.chunks[0]._replace(**chunk)])
 
 
 def test_covered_by(blob):

@@ -8,7 +8,9 @@ from fscache.cachefile import CacheError, CacheFile
 from fscache.chunkmap import ChunkMap
 
 COUNT = 12
+# The chunks that images know; the tests count only these.
 INDEXES = [0, 1, 7, 8, 11]
+KNOWN = bytes(index in INDEXES for index in range(COUNT))
 HEADER = struct.pack("<IIII", 0x424D4150, 1, 0x434D4150, 0)
 
 
@@ -25,30 +27,35 @@ def data(tmp_path):
 
 
 def make(data, present=b"\1" * 5, count=COUNT):
-    chunks = ChunkMap(data.map_path, count, INDEXES)
-    chunks.load(present)
+    chunks = ChunkMap(data.map_path, KNOWN[:count].ljust(count, b"\0"))
+    there = bytearray(count)
+    for index, byte in zip(INDEXES, present, strict=True):
+        if index < count:
+            there[index] = byte
+    chunks.load(there)
     return chunks
 
 
 def complete(chunks, *positions):
     for position in positions:
-        chunks.claim(range(position, position + 1), Waiter())
-        chunks.complete(position)
+        index = INDEXES[position]
+        chunks.claim(range(index, index + 1), Waiter())
+        chunks.complete(index)
 
 
 def ready(chunks):
-    return [position for position in range(5) if chunks.is_ready(position)]
+    return [position for position, index in enumerate(INDEXES) if chunks.is_ready(index)]
 
 
 def test_claims_are_exclusive():
-    chunks = ChunkMap(None, COUNT, INDEXES)
+    chunks = ChunkMap(None, b"\1" * 5)
     first, second = Waiter(), Waiter()
     assert chunks.claim(range(3), first) == ([0, 1, 2], 3)
     assert chunks.claim(range(1, 5), second) == ([3, 4], 4)
     assert chunks.complete(1) == [first, second]
     assert chunks.fail(2) == [first, second]
     assert chunks.claim(range(5), first) == ([2], 4)
-    assert ready(chunks) == [1]
+    assert [index for index in range(5) if chunks.is_ready(index)] == [1]
     assert chunks.all_ready(range(1, 2))
     assert not chunks.all_ready(range(2))
     assert chunks.ready_count == 1
@@ -177,3 +184,34 @@ def test_no_bits_for_a_file_that_was_replaced(data):
     assert not data.map_path.exists()
     assert ready(chunks) == [0]
     assert chunks.is_dirty
+
+
+def test_unknown_chunks_are_nobodys_work(data):
+    chunks = make(data)
+    waiter = Waiter()
+    assert chunks.claim(range(COUNT), waiter) == (INDEXES, 5)
+    assert chunks.all_ready(range(2, 7))
+    for index in INDEXES:
+        chunks.complete(index)
+    assert chunks.is_complete
+
+
+def test_chunks_of_a_further_image(data):
+    other = ChunkMap(data.map_path, b"\1" * COUNT)
+    for index in (2, 3):
+        other.claim(range(index, index + 1), Waiter())
+        other.complete(index)
+    other.sync(data)
+    chunks = make(data)
+    complete(chunks, 0, 1, 2, 3, 4)
+    assert chunks.is_complete
+    chunks.know(b"\1" * COUNT)
+    assert not chunks.is_complete
+    assert not chunks.all_ready(range(2, 4))
+    # What is ready on disk is taken over, but only with its data.
+    present = bytearray(b"\1" * COUNT)
+    present[3] = 0
+    chunks.load(present)
+    assert chunks.all_ready(range(3))
+    assert not chunks.is_ready(3)
+    assert chunks.ready_count == 6

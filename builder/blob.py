@@ -65,7 +65,6 @@ class BlobWriter:
         self._digests = bytearray()
         self._toc_entries: list[TocEntry] = []
         self._id_hash = hashlib.sha256()
-        self._file_hash = hashlib.sha256()
         self.position = 0
         self.uncompressed_size = 0
         self.content_size = 0
@@ -89,7 +88,6 @@ class BlobWriter:
 
     def _write(self, data: bytes | bytearray | memoryview, *, in_id: bool = True) -> None:
         self._output.write(data)
-        self._file_hash.update(data)
         if in_id:
             self._id_hash.update(data)
         self.position += len(data)
@@ -147,9 +145,10 @@ class BlobWriter:
             return None
         data_size = self.position
         self._end_section(blobmeta.SECTION_BLOB, data_size)
-        # The digest in the ToC covers the chunks and the header behind them (spec 4.6).
+        # The digest in the ToC covers the chunks and the header behind them (spec 4.6), so far
+        # the same bytes as the id.
         self._add_toc_entry(
-            blobmeta.SECTION_BLOB, self._file_hash.digest(), 0, data_size,
+            blobmeta.SECTION_BLOB, self._id_hash.digest(), 0, data_size,
             self.uncompressed_size, blobmeta.TOC_NONE,
         )  # fmt: skip
         table = self._write_compression_table()
@@ -227,10 +226,6 @@ class BlobWriter:
     def blob_id(self) -> str:
         """Return the id by content: the SHA-256 of all but the digest array, in hex."""
         return self._id_hash.hexdigest()
-
-    def file_digest(self) -> str:
-        """Return the SHA-256 of all that was written, in hex."""
-        return self._file_hash.hexdigest()
 
 
 _TOC_FLAGS = {

@@ -84,22 +84,30 @@ class _Allocator:
     def __init__(self) -> None:
         self.cursor = BLOCK_SIZE
         self._free: list[deque[int]] = [deque() for _ in range(BLOCK_SIZE // SLOT_SIZE)]
+        # Bit k is set when `_free[k]` is not empty: spares looking through 127 lists.
+        self._filled = 0
 
     def _remember(self, position: int) -> None:
         rest = position % BLOCK_SIZE
         if rest:
-            self._free[(BLOCK_SIZE - rest) // SLOT_SIZE].append(position - rest)
+            slots = (BLOCK_SIZE - rest) // SLOT_SIZE
+            self._free[slots].append(position - rest)
+            self._filled |= 1 << slots
 
     def _reuse(self, size: int) -> int | None:
         if size >= BLOCK_SIZE:
             return None
         need = -(-size // SLOT_SIZE)
-        for slots in range(need, BLOCK_SIZE // SLOT_SIZE):
-            if self._free[slots]:
-                position = self._free[slots].popleft() + BLOCK_SIZE - SLOT_SIZE * slots
-                self._remember(position + SLOT_SIZE * need)
-                return position
-        return None
+        large = self._filled >> need
+        if not large:
+            return None
+        slots = need + (large & -large).bit_length() - 1
+        free = self._free[slots]
+        position = free.popleft() + BLOCK_SIZE - SLOT_SIZE * slots
+        if not free:
+            self._filled &= ~(1 << slots)
+        self._remember(position + SLOT_SIZE * need)
+        return position
 
     def align(self) -> None:
         self.cursor = align_up(self.cursor, SLOT_SIZE)

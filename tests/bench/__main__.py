@@ -1,0 +1,135 @@
+"""`python -m tests.bench`, which is `make bench`.
+
+Environment: BENCH_QUICK=1 for less than a minute, BENCH_JSON=path for the results as JSON,
+BENCH_SOURCE=path.tar for another tree, NYDUS_IMAGE_PEER and NYDUSD_PEER for the paths of real
+programs to put beside ours, TMPDIR for another place than /var/tmp.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from fscache.probe import lazy_supported, probe
+from tests.bench import report
+from tests.bench.create import CreateBench, image_command
+from tests.bench.daemon import DaemonBench, start_row
+from tests.bench.measure import INTERRUPTS, BenchError, run
+from tests.bench.metadata import MetadataBench
+from tests.bench.report import Row
+from tests.bench.rig import Image, Server
+from tests.bench.source import Settings, pack_big, pack_tree
+
+
+def _path(name: str) -> Path | None:
+    value = os.environ.get(name)
+    return Path(value).absolute() if value else None
+
+
+def _settings() -> Settings:
+    settings = Settings(
+        quick=os.environ.get("BENCH_QUICK", "") not in ("", "0"),
+        source=_path("BENCH_SOURCE"),
+        image_peer=_path("NYDUS_IMAGE_PEER"),
+        daemon_peer=_path("NYDUSD_PEER"),
+    )
+    for path in (settings.source, settings.image_peer, settings.daemon_peer):
+        if path is not None and not path.is_file():
+            raise BenchError(f"{path}: no such file")
+    return settings
+
+
+class _Bench:
+    """Runs the sections in one temporary directory and tells each row as it comes."""
+
+    def __init__(self, settings: Settings, directory: Path) -> None:
+        self._settings = settings
+        self._directory = directory
+        self.rows: list[Row] = []
+        self.skipped: list[str] = []
+
+    def _tell(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            self.rows.append(row)
+            print("\n".join(report.lines(row)), flush=True)
+
+    def _skip(self, what: str) -> None:
+        self.skipped.append(what)
+        print(f"skipped: {what}", flush=True)
+
+    def _place(self, name: str) -> Path:
+        directory = self._directory / name
+        directory.mkdir()
+        return directory
+
+    def run(self) -> None:
+        settings = self._settings
+        tree = settings.source
+        if tree is None:
+            tree = self._directory / "tree.tar"
+            pack_tree(tree, settings)
+        create = CreateBench(settings, tree, self._place("create"))
+        self._tell(create.rows(self._skip))
+        metadata = MetadataBench(settings, tree, self._place("metadata"))
+        self._tell(metadata.rows())
+        verdict = lazy_supported(probe(self._directory))
+        if verdict.ok:
+            self._run_daemon(tree)
+        else:
+            self._skip(f"everything that is read through the kernel: {verdict.detail}")
+
+    def _build(self, tar: Path, directory: Path) -> tuple[Path, str]:
+        """Build an image that carries its digests, which the real nydusd wants for verifying."""
+        bootstrap, summary = directory / "boot", directory / "report.json"
+        run(
+            [*image_command(), "create", "--log-level", "warn", "-t", "tar-rafs",
+             "--features", "blob-toc", "--chunk-size", "0x100000", "-B", str(bootstrap),
+             "-D", str(directory), "-J", str(summary), str(tar)],
+            directory / "build.log",
+        )  # fmt: skip
+        (blob_id,) = json.loads(summary.read_text())["blobs"]
+        return bootstrap, blob_id
+
+    def _run_daemon(self, tree: Path) -> None:
+        settings = self._settings
+        big, small = self._place("big"), self._place("tree")
+        tar = big / "big.tar"
+        digest = pack_big(tar, settings.big_bytes)
+        big_image, small_image = self._build(tar, big), self._build(tree, small)
+        tar.unlink()
+        with Server.run([big, small]) as server:
+            image = Image(*small_image, small, server)
+            self._tell([start_row(settings, image, small)])
+            image = Image(*big_image, big, server)
+            self._tell(DaemonBench(settings, image, digest, big).rows())
+
+
+def main() -> int:
+    INTERRUPTS.take()
+    try:
+        settings = _settings()
+        place = os.environ.get("TMPDIR", "/var/tmp")
+        with tempfile.TemporaryDirectory(prefix="nydus-bench-", dir=place) as directory:
+            bench = _Bench(settings, Path(directory))
+            print(", ".join(f"{name} {value}" for name, value in report.machine().items()))
+            print(f"{settings.rounds} rounds in turns: median (smallest..largest)\n")
+            print(report.HEADER)
+            bench.run()
+        target = _path("BENCH_JSON")
+        if target is not None:
+            conditions = {"quick": settings.quick, "rounds": settings.rounds}
+            report.write_json(target, bench.rows, bench.skipped, conditions)
+    except BenchError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+sys.exit(main())

@@ -1,0 +1,109 @@
+"""What was measured, as lines of a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+OURS = "ours"
+
+
+@dataclass
+class Row:
+    """One measurement: seconds of each round by variant, ours first among them.
+
+    `note` says how much work it was; `facts` are numbers for the JSON.
+    """
+
+    name: str
+    seconds: dict[str, list[float]]
+    note: str = ""
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+def ratios(row: Row, against: str) -> list[float]:
+    """Return ours divided by another variant, for each round."""
+    pairs = zip(row.seconds[OURS], row.seconds[against], strict=True)
+    return [ours / other for ours, other in pairs]
+
+
+def _time(seconds: float) -> str:
+    for unit, factor in (("s", 1), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def _span(values: Sequence[float], show) -> str:
+    return f"{show(statistics.median(values))} ({show(min(values))}..{show(max(values))})"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}"
+
+
+_COLUMNS = "{:32} {:30} {:18} {:30} {}"
+HEADER = _COLUMNS.format("measurement", "ours", "beside", "its time", "ours / its")
+
+
+def lines(row: Row) -> list[str]:
+    """Return the lines of one measurement: one for each thing it is put beside."""
+    name, ours, result = row.name, _span(row.seconds[OURS], _time), []
+    for other, values in row.seconds.items():
+        if other == OURS:
+            continue
+        span = _span(values, _time)
+        ratio = _span(ratios(row, other), _ratio)
+        result.append(_COLUMNS.format(name, ours, other, span, ratio))
+        name = ours = ""
+    if row.note:
+        result.append(f"  {row.note}")
+    return result
+
+
+def _statistics(values: Sequence[float]) -> dict[str, object]:
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "values": list(values),
+    }
+
+
+def _json_row(row: Row) -> dict[str, object]:
+    others = [name for name in row.seconds if name != OURS]
+    return {
+        "name": row.name,
+        "note": row.note,
+        "facts": row.facts,
+        "seconds": {name: _statistics(values) for name, values in row.seconds.items()},
+        "ratios": {name: _statistics(ratios(row, name)) for name in others},
+    }
+
+
+def machine() -> dict[str, object]:
+    """Return what the digits depend on."""
+    return {
+        "cpus": os.cpu_count(),
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def write_json(
+    path: Path, rows: Sequence[Row], skipped: Sequence[str], conditions: dict[str, object]
+) -> None:
+    """Write everything as one JSON document."""
+    content = {
+        "conditions": machine() | conditions,
+        "rows": [_json_row(row) for row in rows],
+        "skipped": list(skipped),
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -32,6 +32,7 @@ __all__ = ["ApiError", "ApiServer"]
 logger = logging.getLogger(__name__)
 
 BODY_LIMIT = 51_200
+DISCARD_LIMIT = 1 << 20
 
 
 class ApiError(NydusError):
@@ -50,8 +51,8 @@ def _failure(status: HTTPStatus, message: str) -> _Answer:
 
 def _daemon_info(daemon: Daemon) -> dict[str, object]:
     mounted = {}
-    if daemon.mounted_at is not None:
-        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(daemon.mounted_at))
+    if daemon.image is not None:
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(daemon.image.mounted_at))
         mounted["/"] = {
             "backend_type": "Rafs",
             "mountpoint": str(daemon.mountpoint),
@@ -78,18 +79,22 @@ def _exit(daemon: Daemon) -> _Answer:
 
 
 def _backend_metrics(daemon: Daemon) -> _Answer:
-    if daemon.backend is None:
+    if daemon.image is None:
         return _failure(HTTPStatus.NOT_FOUND, "Stats(NoCounter)")
-    return _Answer(HTTPStatus.OK, daemon.backend.metrics.as_dict())
+    return _Answer(HTTPStatus.OK, daemon.image.backend.metrics.as_dict())
+
+
+def _cache_metrics(daemon: Daemon) -> _Answer:
+    if daemon.image is None:
+        return _failure(HTTPStatus.NOT_FOUND, "Stats(NoCounter)")
+    return _Answer(HTTPStatus.OK, daemon.image.cache_metrics.as_dict())
 
 
 _ROUTES: dict[tuple[str, str], Callable[[Daemon], _Answer]] = {
     ("GET", "/api/v1/daemon"): lambda daemon: _Answer(HTTPStatus.OK, _daemon_info(daemon)),
     ("PUT", "/api/v1/daemon/exit"): _exit,
     ("GET", "/api/v1/metrics/backend"): _backend_metrics,
-    ("GET", "/api/v1/metrics/blobcache"): lambda daemon: _Answer(
-        HTTPStatus.OK, daemon.cache_metrics.as_dict()
-    ),
+    ("GET", "/api/v1/metrics/blobcache"): _cache_metrics,
 }
 _PATHS = {path for _, path in _ROUTES}
 
@@ -103,6 +108,9 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "0")
         if not length.isdecimal() or int(length) > BODY_LIMIT:
             self.close_connection = True
+            # Taken in all the same, so that a client which still sends gets to the answer.
+            if length.isdecimal():
+                self.rfile.read(min(int(length), DISCARD_LIMIT))
             self._send(_failure(HTTPStatus.BAD_REQUEST, "body is too large or of unknown length"))
             return
         self.rfile.read(int(length))

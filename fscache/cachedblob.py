@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from erofs.codec import decompress
 from erofs.digest import digest
 from erofs.errors import CodecError, IntegrityError, error_context
 from erofs.rafs import BlobEntry, ChunkInfo
-from fscache.backend.base import BlobReader
+from fscache.backend.base import BackendError, BlobReader
 from fscache.blobmap import BlobMap
 from fscache.cachefile import CacheError, CacheFile
 from fscache.chunkmap import ChunkMap
@@ -46,7 +46,7 @@ class CachedBlob:
         self.cache = cache
         self.chunks = chunks
         self.metrics = metrics
-        self._reader = reader
+        self._readers: tuple[BlobReader, ...] = (reader,)
         self._on_complete = on_complete
         self._lock = threading.Lock()
         self._users = 0
@@ -142,14 +142,27 @@ class CachedBlob:
         if idle:
             self.cache.close()
 
-    def read(self, positions: range) -> bytes:
-        """Return the stored bytes of a run of `BlobMap.groups`, one attempt.
+    def use_readers(self, readers: Sequence[BlobReader]) -> None:
+        """Read from these from now on: each image that holds the blob brings its own."""
+        self._readers = tuple(readers)
 
-        Raises `BackendError`.
+    def read(self, positions: range) -> bytes:
+        """Return the stored bytes of a run of `BlobMap.groups`, one attempt with each reader.
+
+        Raises `BackendError`, that of the last reader.
         """
         start = self.map.compressed_offsets[positions[0]]
         length = self.map.compressed_end(positions[-1]) - start
-        data = self._reader.read_at(start, length)
+        *others, last = self._readers
+        for reader in others:
+            try:
+                return self._read(reader, start, length)
+            except BackendError as error:
+                logger.info("another image's backend is asked: %s", error)
+        return self._read(last, start, length)
+
+    def _read(self, reader: BlobReader, start: int, length: int) -> bytes:
+        data = reader.read_at(start, length)
         if len(data) != length:
             raise IntegrityError(
                 "backend gave the wrong length",

@@ -26,6 +26,10 @@ class Service:
         """Serve a blob from now on."""
         self._blobs[blob.cache.inode] = blob
 
+    def remove(self, blob: CachedBlob) -> None:
+        """Serve a blob no longer; fine when it never was."""
+        self._blobs.pop(blob.cache.inode, None)
+
     def handle(self, request: ReadRequest, reply: Reply) -> None:
         """Allow when the range is ready, deny when it cannot be made so; never blocks."""
         blob = self._blobs.get((request.device, request.inode))

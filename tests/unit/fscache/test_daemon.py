@@ -11,7 +11,8 @@ from erofs import CorruptStructure, open_bootstrap
 from fscache.api import ApiError, ApiServer
 from fscache.backend import LocalFsConfig
 from fscache.config import DaemonConfig
-from fscache.daemon import Daemon, State, StateError, read_plans
+from fscache.daemon import Daemon, State, StateError
+from fscache.plan import PlanError, read_plans
 from fscache.mount import MountError
 
 
@@ -51,7 +52,7 @@ def test_device_table_that_contradicts_the_blob_table(image, offset, text):
 
 def test_start_that_fails_ends_stopped(tmp_path, image):
     daemon = make(tmp_path, tmp_path / "nothing")
-    with pytest.raises(StateError, match="bootstrap cannot be opened"):
+    with pytest.raises(PlanError, match="bootstrap cannot be opened"):
         daemon.start()
     assert daemon.state is State.STOPPED
     daemon.stop()
@@ -105,7 +106,7 @@ def test_daemon_information(api):
         "package_ver", "git_commit", "build_time", "profile", "rustc",
     }  # fmt: skip
     # Keep-alive: the same connection serves again.
-    assert ask(connection, "GET", "/api/v1/metrics/blobcache")[0].status == 200
+    assert ask(connection, "GET", "/api/v1/daemon")[0].status == 200
 
 
 def test_exit_asks_for_a_stop(api):

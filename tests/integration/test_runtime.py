@@ -1,0 +1,153 @@
+"""Several images in one process: shared blobs, joining and leaving, users that outlive mounts."""
+
+import io
+import random
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+
+import pytest
+
+from builder import BuildOptions, MergeOptions, SourceType, build, merge
+from fscache.backend import LocalFsConfig
+from fscache.config import DaemonConfig
+from fscache.image import ImageOptions
+from fscache.runtime import Runtime
+from tests.capabilities import requires
+
+pytestmark = requires("root", "fanotify")
+
+RANDOM = random.Random(5)
+FILES = {f"f{number}": RANDOM.randbytes(300_000) for number in range(6)}
+
+
+def tar(**files):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return io.BytesIO(buffer.getvalue())
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Two images on one blob: `all` has every file of it, `some` lacks f0 to f2."""
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    layers = {"low": tar(**FILES), "high": tar(**{".wh.f0": b"", ".wh.f1": b"", ".wh.f2": b""})}
+    for name, data in layers.items():
+        build(
+            data,
+            BuildOptions(
+                source_type=SourceType.TAR, bootstrap=tmp_path / f"{name}.boot", blob_dir=blobs
+            ),
+        )
+    (blob,) = blobs.iterdir()
+    blob.rename(blobs / "low")
+    merge([tmp_path / "low.boot"], MergeOptions(bootstrap=tmp_path / "all"))
+    merge(
+        [tmp_path / "low.boot", tmp_path / "high.boot"],
+        MergeOptions(bootstrap=tmp_path / "some"),
+    )
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def runtime():
+    runtime = Runtime()
+    yield runtime
+    closer = threading.Thread(target=runtime.close, daemon=True)
+    closer.start()
+    closer.join(30)
+    assert not closer.is_alive(), "a mount did not end"
+
+
+def mount(runtime, images, bootstrap, place):
+    config = DaemonConfig(LocalFsConfig(dir=images / "blobs"), images / "cache")
+    return runtime.mount(config, images / bootstrap, images / place, ImageOptions())
+
+
+def read(path):
+    """Read in another process: a thread of this one could stop its own daemon."""
+    return subprocess.run(["cat", path], capture_output=True, check=True, timeout=30).stdout
+
+
+def requests(image):
+    return image.backend.metrics.as_dict()["read_count"]
+
+
+def test_what_one_image_fetched_another_has(runtime, images):
+    first = mount(runtime, images, "all", "a")
+    second = mount(runtime, images, "some", "b")
+    for name in ("f3", "f4"):
+        assert read(images / "a" / name) == FILES[name]
+    fetched = requests(first) + requests(second)
+    for name in ("f3", "f4"):
+        assert read(images / "b" / name) == FILES[name]
+    assert requests(first) + requests(second) == fetched > 0
+
+
+def test_image_that_knows_more_of_a_complete_blob(runtime, images):
+    """The ignore mark of the complete blob has to go, or the new chunks would be zeros."""
+    mount(runtime, images, "some", "b")
+    for name in ("f3", "f4", "f5"):
+        assert read(images / "b" / name) == FILES[name]
+    (domain,) = runtime._domains.values()
+    shared = domain._shared["low"]
+    deadline = time.monotonic() + 20
+    while not shared.ignored:
+        assert time.monotonic() < deadline, "the blob was never complete"
+        time.sleep(0.05)
+    mount(runtime, images, "all", "a")
+    assert not shared.ignored
+    for name, data in FILES.items():
+        assert read(images / "a" / name) == data
+        if name in ("f3", "f4", "f5"):
+            assert read(images / "b" / name) == data
+
+
+def test_an_image_that_leaves_does_not_take_the_blob_along(runtime, images):
+    first = mount(runtime, images, "all", "a")
+    mount(runtime, images, "some", "b")
+    assert read(images / "a" / "f3") == FILES["f3"]
+    runtime.unmount(first)
+    assert not (images / "a" / "f3").exists()
+    assert read(images / "b" / "f4") == FILES["f4"]
+    again = mount(runtime, images, "all", "a")
+    assert read(images / "a" / "f0") == FILES["f0"]
+    assert requests(again) <= 1
+
+
+def test_users_of_an_unmounted_image_are_served(runtime, images):
+    image = mount(runtime, images, "all", "a")
+    code = (
+        "import sys; f = open(sys.argv[1], 'rb'); print('open', flush=True);"
+        "sys.stdin.readline(); sys.stdout.buffer.write(f.read())"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, images / "a" / "f1"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as reader:  # fmt: skip
+        assert reader.stdout.readline() == b"open\n"
+        runtime.unmount(image)
+        assert not list((images / "a").iterdir())
+        assert not image.is_gone
+        out, _ = reader.communicate(b"go\n", timeout=30)
+    assert out == FILES["f1"]
+
+
+def test_mount_that_fails_leaves_nothing(runtime, images):
+    (images / "bad").write_bytes(b"nothing")
+    from erofs import FormatError
+
+    with pytest.raises(FormatError):
+        mount(runtime, images, "bad", "a")
+    good = mount(runtime, images, "all", "a")
+    assert read(images / "a" / "f0") == FILES["f0"]
+    runtime.unmount(good)

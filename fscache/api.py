@@ -1,31 +1,20 @@
-"""The HTTP API on a unix socket, as far as one served image needs it (spec tools section 7).
-
-GET /api/v1/daemon            version, state, mounted image
-PUT /api/v1/daemon/exit       stop
-GET /api/v1/metrics/backend   requests and bytes of the backend
-GET /api/v1/metrics/blobcache chunks and hits of the cache
-"""
+"""The HTTP server of the API on a unix socket; what it answers is in `fscache.routes`."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import platform
 import socket
 import socketserver
 import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from erofs.console import package_version
 from erofs.errors import NydusError
-from fscache.daemon import Daemon
+from fscache.node import NodeDaemon
+from fscache.routes import Answer, Request, answer
 
 __all__ = ["ApiError", "ApiServer"]
 
@@ -39,64 +28,8 @@ class ApiError(NydusError):
     """The socket cannot be served."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    status: HTTPStatus
-    body: object = None
-
-
-def _failure(status: HTTPStatus, message: str) -> _Answer:
-    return _Answer(status, {"code": "UNDEFINED", "message": message})
-
-
-def _daemon_info(daemon: Daemon) -> dict[str, object]:
-    mounted = {}
-    if daemon.image is not None:
-        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(daemon.image.mounted_at))
-        mounted["/"] = {
-            "backend_type": "Rafs",
-            "mountpoint": str(daemon.mountpoint),
-            "mounted_time": f"{moment} +00:00:00",
-        }
-    return {
-        "version": {
-            "package_ver": package_version(),
-            "git_commit": "unknown",
-            "build_time": "unknown",
-            "profile": "release",
-            "rustc": f"python {platform.python_version()}",
-        },
-        "id": daemon.config.id or None,
-        "supervisor": None,
-        "state": daemon.state.value,
-        "backend_collection": mounted,
-    }
-
-
-def _exit(daemon: Daemon) -> _Answer:
-    daemon.request_stop()
-    return _Answer(HTTPStatus.NO_CONTENT)
-
-
-def _backend_metrics(daemon: Daemon) -> _Answer:
-    if daemon.image is None:
-        return _failure(HTTPStatus.NOT_FOUND, "Stats(NoCounter)")
-    return _Answer(HTTPStatus.OK, daemon.image.backend.metrics.as_dict())
-
-
-def _cache_metrics(daemon: Daemon) -> _Answer:
-    if daemon.image is None:
-        return _failure(HTTPStatus.NOT_FOUND, "Stats(NoCounter)")
-    return _Answer(HTTPStatus.OK, daemon.image.cache_metrics.as_dict())
-
-
-_ROUTES: dict[tuple[str, str], Callable[[Daemon], _Answer]] = {
-    ("GET", "/api/v1/daemon"): lambda daemon: _Answer(HTTPStatus.OK, _daemon_info(daemon)),
-    ("PUT", "/api/v1/daemon/exit"): _exit,
-    ("GET", "/api/v1/metrics/backend"): _backend_metrics,
-    ("GET", "/api/v1/metrics/blobcache"): _cache_metrics,
-}
-_PATHS = {path for _, path in _ROUTES}
+def _failure(message: str) -> Answer:
+    return Answer(HTTPStatus.BAD_REQUEST, {"code": "UNDEFINED", "message": message})
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -106,26 +39,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         length = self.headers.get("Content-Length", "0")
-        if not length.isdecimal() or int(length) > BODY_LIMIT:
+        if (
+            not length.isdecimal()
+            or int(length) > BODY_LIMIT
+            or "Transfer-Encoding" in self.headers
+        ):
             self.close_connection = True
             # Taken in all the same, so that a client which still sends gets to the answer.
             if length.isdecimal():
                 self.rfile.read(min(int(length), DISCARD_LIMIT))
-            self._send(_failure(HTTPStatus.BAD_REQUEST, "body is too large or of unknown length"))
+            self._send(_failure("body is too large or of unknown length"))
             return
-        self.rfile.read(int(length))
-        path = urlsplit(self.path).path
-        route = _ROUTES.get((self.command, path))
-        if route is not None:
-            self._send(route(self.server.daemon))
-        elif path in _PATHS:
-            self._send(_failure(HTTPStatus.BAD_REQUEST, "method is not served here"))
-        else:
-            self._send(_failure(HTTPStatus.NOT_FOUND, "no such path"))
+        body = self.rfile.read(int(length))
+        self._send(answer(self.server.daemon, Request.parse(self.command, self.path, body)))
 
-    do_GET = do_PUT = do_POST = do_DELETE = _serve  # noqa: N815 -- names of http.server
+    do_GET = do_PUT = do_POST = do_DELETE = do_PATCH = _serve  # noqa: N815 -- names of http.server
 
-    def _send(self, answer: _Answer) -> None:
+    def _send(self, answer: Answer) -> None:
         lines = [
             f"HTTP/1.1 {answer.status.value} ",
             "Server: Nydus API",
@@ -148,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
-    daemon: Daemon
+    daemon: NodeDaemon
 
 
 def _is_served(path: Path) -> bool:
@@ -167,7 +97,7 @@ class ApiServer:
         ApiError: the socket cannot be made, or another process serves it.
     """
 
-    def __init__(self, path: Path, daemon: Daemon) -> None:
+    def __init__(self, path: Path, daemon: NodeDaemon) -> None:
         self._path = path
         try:
             if path.is_socket():

@@ -1,4 +1,4 @@
-"""The command line of `nydusd`."""
+"""The command line of `nydusd`: words to options, signals to an orderly end, errors to one line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -16,8 +17,8 @@ from erofs.console import LOG_LEVELS, CommandParser, ProgressLine, package_versi
 from erofs.errors import NydusError
 from fscache.api import ApiServer
 from fscache.backend import LocalFsConfig
-from fscache.config import DaemonConfig, load_config
-from fscache.daemon import Daemon
+from fscache.config import ConfigError, DaemonConfig, load_config
+from fscache.node import NodeDaemon, NodeOptions
 
 __all__ = ["main"]
 
@@ -25,9 +26,11 @@ logger = logging.getLogger(__name__)
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
+DEFAULT_OPEN_FILES = 1_000_000
+_COMMANDS = ("erofs", "fuse")
 
 
-def _parser() -> CommandParser:
+def _common() -> CommandParser:
     common = CommandParser(add_help=False)
     common.add_argument(
         "-l", "--log-level", choices=LOG_LEVELS, default="info", metavar="<log-level>",
@@ -36,43 +39,57 @@ def _parser() -> CommandParser:
     common.add_argument(
         "-L", "--log-file", type=Path, metavar="<log-file>", help="Log messages to the file"
     )
+    common.add_argument(
+        "-A", "--apisock", type=Path, metavar="<apisock>", help="Path of the API socket"
+    )
+    common.add_argument(
+        "--rlimit-nofile", type=int, default=DEFAULT_OPEN_FILES, metavar="<rlimit-nofile>",
+        help="Limit of open files, 0 leaves it as it is [default: 1000000]",
+    )  # fmt: skip
+    common.add_argument(
+        "-C", "--config", type=Path, metavar="<config>",
+        help="Configuration file: JSON of version 1, JSON or TOML of version 2",
+    )  # fmt: skip
+    common.add_argument(
+        "-D", "--localfs-dir", type=Path, metavar="<localfs-dir>",
+        help="Directory with the blobs, which also holds the cache",
+    )  # fmt: skip
+    common.add_argument(
+        "-M", "--mountpoint", type=Path, required=True, metavar="<mountpoint>",
+        help="Existing directory to mount at",
+    )  # fmt: skip
+    return common
+
+
+def _parser() -> CommandParser:
+    common = _common()
     parser = CommandParser(
         prog="nydusd",
         description="Serve container images to the kernel's EROFS, fetching what is read",
     )
     parser.add_argument("-V", "--version", action="store_true", help="Print version")
     commands = parser.add_subparsers(title="Commands", dest="command", metavar="<COMMAND>")
-    _add_erofs(commands.add_parser(
-        "erofs", parents=[common],
-        help="mount one image through the kernel's EROFS",
+    erofs = commands.add_parser(
+        "erofs", parents=[common], help="mount one image through the kernel's EROFS",
         description="Mount one image through the kernel's EROFS and serve it until told to"
         " stop (SIGINT, SIGTERM, or PUT /api/v1/daemon/exit)",
-    ))  # fmt: skip
+    )  # fmt: skip
+    _add_erofs(erofs)
+    fuse = commands.add_parser(
+        "fuse", parents=[common], help="serve images below one mount point, as clients ask",
+        description="Serve images below one mount point. The name is the original's: what is"
+        " mounted is the kernel's EROFS",
+    )  # fmt: skip
+    _add_fuse(fuse)
     return parser
 
 
 def _add_erofs(parser: CommandParser) -> None:
-    parser.set_defaults(parser=parser)
+    parser.set_defaults(parser=parser, options=_erofs_options)
     parser.add_argument(
         "-B", "--bootstrap", type=Path, required=True, metavar="<bootstrap>",
         help="File path of RAFS filesystem metadata",
     )  # fmt: skip
-    parser.add_argument(
-        "-M", "--mountpoint", type=Path, required=True, metavar="<mountpoint>",
-        help="Existing directory to mount at",
-    )  # fmt: skip
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "-C", "--config", type=Path, metavar="<config>",
-        help="Configuration file: JSON of version 1, JSON or TOML of version 2",
-    )  # fmt: skip
-    source.add_argument(
-        "-D", "--localfs-dir", type=Path, metavar="<localfs-dir>",
-        help="Directory with the blobs, which also holds the cache",
-    )  # fmt: skip
-    parser.add_argument(
-        "-A", "--apisock", type=Path, metavar="<apisock>", help="Path of the API socket"
-    )
     parser.add_argument(
         "--eager", action="store_true",
         help="Fetch and verify everything, then mount; needs no kernel events",
@@ -82,13 +99,101 @@ def _add_erofs(parser: CommandParser) -> None:
     )
 
 
-def _raise_open_files() -> None:
-    """Allow as many open files as the hard limit does: each waiting read holds one."""
+# Flags of the original that are taken, with the reason why they change nothing here.
+_WITHOUT_EFFECT = {
+    "--failover-policy": "the kernel has no requests to resend",
+    "--fuse-threads": "threads are not counted by mount",
+    "--log-rotation-size": "log files are not rotated in this version",
+    "--prefetch-files": "files are not prefetched in this version",
+    "--dedup-db": "blobs are shared by id",
+}
+
+
+def _add_fuse(parser: CommandParser) -> None:
+    parser.set_defaults(parser=parser, options=_fuse_options)
+    parser.add_argument(
+        "-B", "--bootstrap", type=Path, metavar="<bootstrap>",
+        help="File path of RAFS filesystem metadata, to be mounted at the mount point itself",
+    )  # fmt: skip
+    parser.add_argument(
+        "-s", "--shared-dir", type=Path, metavar="<shared-dir>",
+        help="Directory to pass through, in place of a bootstrap",
+    )  # fmt: skip
+    parser.add_argument("--id", metavar="<id>", help="Name of the instance")
+    for name, reason in _WITHOUT_EFFECT.items():
+        aliases = (name, "--thread-num") if name == "--fuse-threads" else (name,)
+        parser.add_argument(
+            *aliases, dest="ignored" + name, metavar="<value>", help=f"No effect: {reason}"
+        )
+
+
+def _config(arguments: argparse.Namespace) -> DaemonConfig | None:
+    if arguments.config is not None and arguments.localfs_dir is not None:
+        arguments.parser.error(
+            "the argument '--config <config>' cannot be used with '--localfs-dir <localfs-dir>'"
+        )
+    if arguments.localfs_dir is not None:
+        directory = arguments.localfs_dir
+        if not directory.is_dir():
+            raise ConfigError("not a directory", path=directory)
+        return DaemonConfig(LocalFsConfig(dir=directory), directory)
+    return None if arguments.config is None else load_config(arguments.config)
+
+
+def _erofs_options(arguments: argparse.Namespace) -> NodeOptions:
+    if arguments.config is None and arguments.localfs_dir is None:
+        arguments.parser.error(
+            "the following required arguments were not provided:\n"
+            "  --config <config> or --localfs-dir <localfs-dir>"
+        )
+    config = _config(arguments)
+    return NodeOptions(
+        arguments.mountpoint,
+        bootstrap=arguments.bootstrap,
+        config=config,
+        id=config.id or None if config is not None else None,
+        eager=arguments.eager,
+        directio=arguments.directio,
+    )
+
+
+def _fuse_options(arguments: argparse.Namespace) -> NodeOptions:
+    parser: CommandParser = arguments.parser
+    if arguments.bootstrap is not None and arguments.shared_dir is not None:
+        parser.error(
+            "the argument '--bootstrap <bootstrap>' cannot be used with '--shared-dir <shared-dir>'"
+        )
+    config = _config(arguments)
+    if arguments.bootstrap is not None and config is None:
+        parser.error(
+            "the following required arguments were not provided:\n"
+            "  --config <config> or --localfs-dir <localfs-dir>"
+        )
+    for name, reason in _WITHOUT_EFFECT.items():
+        if getattr(arguments, "ignored" + name) is not None:
+            logger.info("%s has no effect: %s", name, reason)
+    return NodeOptions(
+        arguments.mountpoint,
+        bootstrap=arguments.bootstrap,
+        config=config,
+        shared_dir=arguments.shared_dir,
+        id=arguments.id,
+    )
+
+
+def _set_open_files(wanted: int) -> None:
+    """Set the limit of open files: each waiting read holds one."""
+    if wanted <= 0:
+        return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(wanted, hard)))
+    except (ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        logger.info("the limit of open files stays at %d", hard)
 
 
-def _end_on_signals(daemon: Daemon) -> None:
+def _end_on_signals(daemon: NodeDaemon) -> None:
     """Ask for an orderly end on SIGINT and SIGTERM, also when one comes again.
 
     Only a fetch before the mount is broken off: an exception between a mount and its
@@ -104,21 +209,10 @@ def _end_on_signals(daemon: Daemon) -> None:
         signal.signal(number, end)
 
 
-def _serve_erofs(arguments: argparse.Namespace) -> int:
-    if arguments.localfs_dir is not None:
-        directory = arguments.localfs_dir
-        config = DaemonConfig(LocalFsConfig(dir=directory), directory)
-    else:
-        config = load_config(arguments.config)
+def _serve(arguments: argparse.Namespace) -> int:
     progress = ProgressLine("fetched")
-    daemon = Daemon(
-        config,
-        arguments.bootstrap,
-        arguments.mountpoint,
-        eager=arguments.eager,
-        directio=arguments.directio,
-        progress=progress.show,
-    )
+    options: NodeOptions = arguments.options(arguments)
+    daemon = NodeDaemon(replace(options, progress=progress.show))
     _end_on_signals(daemon)
     with ExitStack() as stack:
         if arguments.apisock is not None:
@@ -132,21 +226,33 @@ def _serve_erofs(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _with_command(words: list[str]) -> list[str]:
+    """Put the sub-command first: without one the program is `fuse`, as the original."""
+    if not words or words[0] in (*_COMMANDS, "-h", "--help", "-V", "--version"):
+        return words
+    for command in _COMMANDS:
+        if command in words:
+            rest = list(words)
+            rest.remove(command)
+            return [command, *rest]
+    return ["fuse", *words]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(_with_command(list(sys.argv[1:] if argv is None else argv)))
     if arguments.version:
         print(f"nydusd Version: \t{package_version()}")
         return 0
     if arguments.command is None:
-        parser.error("a command is required: erofs")
+        parser.error(f"a command is required: {', '.join(_COMMANDS)}")
     try:
         set_up_logging(arguments.log_level, arguments.log_file)
         # What concerns the backend is logged by the backend, with the blob.
         logging.getLogger("urllib3").setLevel(logging.ERROR)
-        _raise_open_files()
-        return _serve_erofs(arguments)
+        _set_open_files(arguments.rlimit_nofile)
+        return _serve(arguments)
     except NydusError as error:
         print(f"Error: {error}", file=sys.stderr)
         return error.exit_code

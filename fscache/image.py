@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from fscache.backend import Backend, BlobReader, open_backend
@@ -19,13 +20,14 @@ from fscache.metrics import CacheMetrics
 from fscache.mount import ErofsMount, MountBusy, MountError, mount_erofs
 from fscache.plan import BlobPlan, read_plans
 
-__all__ = ["ImageOptions", "ServedImage"]
+__all__ = ["ImageOptions", "Progress", "ServedImage"]
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True, slots=True)
 class ImageOptions:
     """How an image is mounted.
 
@@ -35,10 +37,9 @@ class ImageOptions:
         before_mount: called when the fetching is over and the mount begins.
     """
 
-    def __init__(self, *, directio: bool = False, progress: Progress | None = None) -> None:
-        self.directio = directio
-        self.progress = progress
-        self.before_mount: Callable[[], None] = lambda: None
+    directio: bool = False
+    progress: Progress | None = None
+    before_mount: Callable[[], None] | None = None
 
 
 class ServedImage:
@@ -95,7 +96,8 @@ class ServedImage:
             for blob in blobs:
                 fetcher.fetch_all(blob, _progress(options.progress, before, total))
                 before += sum(blob.map.uncompressed_sizes)
-            options.before_mount()
+            if options.before_mount is not None:
+                options.before_mount()
             paths = [blob.path for blob in blobs]
             mount = mount_complete(
                 self.bootstrap, paths, self.mountpoint, directio=options.directio

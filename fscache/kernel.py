@@ -43,6 +43,7 @@ __all__ = [
     "fsmount",
     "fsopen",
     "move_mount",
+    "open_tree",
     "umount",
 ]
 
@@ -71,12 +72,15 @@ _FSCONFIG_SET_FLAG = 0
 _FSCONFIG_SET_STRING = 1
 _FSCONFIG_CMD_CREATE = 6
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
+# OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC
+_OPEN_TREE_FLAGS = 1 | os.O_CLOEXEC
 _LOG_LINE_BYTES = 4096
 
 
 class _Numbers(NamedTuple):
     fanotify_init: int
     fanotify_mark: int
+    open_tree: int = 428
     move_mount: int = 429
     fsopen: int = 430
     fsconfig: int = 431
@@ -221,6 +225,11 @@ def move_mount(mount: int, target: Path) -> None:
     """Attach a mount descriptor at a directory."""
     number = _numbers().move_mount
     _call(str(target), number, mount, b"", AT_FDCWD, _text(target), _MOVE_MOUNT_F_EMPTY_PATH)
+
+
+def open_tree(source: Path) -> int:
+    """Clone the mount at a directory, without those below; the caller owns the descriptor."""
+    return _call(str(source), _numbers().open_tree, AT_FDCWD, _text(source), _OPEN_TREE_FLAGS)
 
 
 def umount(target: Path, flags: int) -> None:

@@ -56,7 +56,7 @@ def test_start_that_fails_ends_stopped(tmp_path, image):
         daemon.start()
     assert daemon.state is State.STOPPED
     daemon.stop()
-    with pytest.raises(StateError, match="started before"):
+    with pytest.raises(StateError, match="is STOPPED, not INIT"):
         daemon.start()
 
 

@@ -1,0 +1,189 @@
+"""Replay the recorded requests to the real daemon against ours: status, keys and types.
+
+Differences are listed with their reasons, and a listed difference that is none fails.
+"""
+
+import json
+import re
+import socket
+import threading
+
+import pytest
+
+from builder import BuildOptions, build
+from erofs.rafs import Compressor
+from fscache.api import ApiServer
+from fscache.config import load_config
+from fscache.node import NodeDaemon, NodeOptions
+from tests.capabilities import requires
+from tests.fixtures_path import FIXTURES, needs_fixtures
+
+pytestmark = [needs_fixtures, requires("root", "fanotify")]
+
+# What the real daemon answers and ours does not, by name of the exchange.
+STATUS = {
+    # Nested mounts below an image are not supported yet.
+    "mount-ok": "below an image", "mount-nested": "below an image",
+    "mount-passthrough": "below an image", "remount-ok": "below an image",
+    "umount-ok": "below an image", "umount-nested": "below an image",
+    "umount-pt": "below an image",
+    # Credentials cannot be replaced over the API yet.
+    "config-get": "no /config", "config-get-noid": "no /config", "config-get-unknown": "no /config",
+    "config-put": "no /config", "config-put-unknown-key": "no /config",
+    "config-put-bad": "no /config", "config-put-nonstring": "no /config",
+    "config-get-after": "no /config",
+    # No API of cachefiles yet.
+    "v2-blobs-get-noid": "no blobs", "v2-blobs-put": "no blobs", "v2-blobs-delete": "no blobs",
+    "v2-blobs-delete-blob": "no blobs", "wrong-method v2 POST /blobs": "no blobs",
+    "wrong-method v2 PATCH /blobs": "no blobs",
+    # No hand-over yet.
+    "sendfd-supervisor-absent": "no hand-over", "takeover-while-running": "no hand-over",
+    **{f"wrong-method {method} /daemon/fuse/{name}": "no hand-over"
+       for method in ("GET", "POST", "DELETE", "PATCH") for name in ("sendfd", "takeover")},
+    **{f"wrong-method {method} /config": "no /config" for method in ("POST", "DELETE", "PATCH")},
+}  # fmt: skip
+# Requests that no HTTP client makes: what is said about them is the HTTP library's business.
+BROKEN_HTTP = {
+    "http09", "bad-version", "garbage", "bad-method", "lowercase-method", "chunked",
+    "expect-continue", "body-60k", "two-pipelined", "http10",
+}  # fmt: skip
+# `config` of a mount is left out with its secrets.
+KEYS_LEFT_OUT = {"config"}
+# The order of the last exchanges ends the daemon.
+AFTER = {"exit"}
+
+
+def exchanges(scenario):
+    data = json.loads((FIXTURES / "nydusd-api" / f"{scenario}.json").read_text())
+    return data["exchanges"]
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Images under the names of the recordings, and a configuration."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(4):
+        (source / f"f{number}").write_bytes(bytes([number]) * 70_000)
+    (tmp_path / "blobs").mkdir()
+    for name, compressor in (("zstd", Compressor.ZSTD), ("lz4", Compressor.LZ4_BLOCK)):
+        build(
+            source,
+            BuildOptions(
+                bootstrap=tmp_path / f"small-{name}.boot",
+                blob_dir=tmp_path / "blobs",
+                compressor=compressor,
+            ),
+        )
+    config = {
+        "device": {
+            "backend": {"type": "localfs", "config": {"dir": str(tmp_path / "blobs")}},
+            "cache": {"type": "blobcache", "config": {"work_dir": str(tmp_path / "cache")}},
+        },
+        "mode": "direct",
+    }
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    (tmp_path / "mnt").mkdir()
+    return tmp_path
+
+
+class Served:
+    def __init__(self, place, options):
+        self.daemon = NodeDaemon(options)
+        self.daemon.start()
+        self.api = ApiServer(place / "api.sock", self.daemon)
+        self.path = str(place / "api.sock")
+
+    def ask(self, request):
+        """Send the bytes of a recorded request on a connection of its own."""
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(20)
+            client.connect(self.path)
+            client.sendall(request)
+            client.shutdown(socket.SHUT_WR)
+            answer = b""
+            while data := client.recv(65536):
+                answer += data
+        head, _, body = answer.partition(b"\r\n\r\n")
+        return head.decode("latin-1"), body
+
+    def close(self):
+        self.api.close()
+        stopper = threading.Thread(target=self.daemon.stop, daemon=True)
+        stopper.start()
+        stopper.join(30)
+        assert not stopper.is_alive()
+
+
+def shape(value):
+    """Return keys and types of a JSON value; lists by their first member."""
+    if isinstance(value, dict):
+        return {key: shape(item) for key, item in value.items() if key not in KEYS_LEFT_OUT}
+    if isinstance(value, list):
+        return [shape(value[0])] if value else []
+    return type(value).__name__
+
+
+def same_shape(ours, theirs):
+    """Compare shapes; an empty list, an empty table of files, and null stand for any."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        if ours.keys() != theirs.keys():
+            numbered = all(re.fullmatch(r"\d+", key) for key in (*ours, *theirs))
+            return numbered
+        return all(same_shape(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return not ours or not theirs or same_shape(ours[0], theirs[0])
+    return ours == theirs or "NoneType" in (ours, theirs)
+
+
+def replay(served, place, scenario):
+    problems, unused = [], set(STATUS)
+    for exchange in exchanges(scenario):
+        name = exchange["name"]
+        if name in BROKEN_HTTP | AFTER or exchange["end"] != "complete":
+            continue
+        request = exchange["request"].replace("<img>", str(place)).replace("<work>", str(place))
+        head, _, body = request.partition("\r\n\r\n")
+        head = re.sub(r"(?i)content-length: \d+", f"Content-Length: {len(body.encode())}", head)
+        got_head, got_body = served.ask(f"{head}\r\n\r\n{body}".encode("latin-1"))
+        their_head, _, their_body = exchange["response"].partition("\r\n\r\n")
+        status, their_status = got_head.split(" ")[1], their_head.split(" ")[1]
+        if status != their_status:
+            if name not in STATUS:
+                problems.append(f"{name}: status {status}, recorded {their_status}: {got_body!r}")
+            unused.discard(name)
+            continue
+        if status == "200":
+            ours, theirs = shape(json.loads(got_body)), shape(json.loads(their_body))
+            if not same_shape(ours, theirs):
+                problems.append(f"{name}: {ours} is not like {theirs}")
+        elif status != "204":
+            assert json.loads(got_body).keys() == {"code", "message"}, name
+        else:
+            assert got_body == b""
+    return problems, unused
+
+
+def test_daemon_with_an_image(place):
+    served = Served(
+        place,
+        NodeOptions(
+            place / "mnt",
+            bootstrap=place / "small-zstd.boot",
+            config=load_config(place / "c.json"),
+        ),
+    )
+    try:
+        problems, _ = replay(served, place, "fuse-localfs")
+    finally:
+        served.close()
+    assert not problems, "\n".join(problems)
+
+
+def test_daemon_without_an_image(place):
+    served = Served(place, NodeOptions(place / "mnt", id="d2", supervisor="/nowhere"))
+    try:
+        problems, _ = replay(served, place, "fuse-empty")
+    finally:
+        served.close()
+    assert not problems, "\n".join(problems)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,11 +22,12 @@ from typing import Self
 from erofs import Bootstrap, CorruptStructure, NydusError, error_context, open_bootstrap
 from erofs.rafs import BlobEntry, ChunkInfo
 from fscache.backend import Backend, open_backend
+from fscache.backend.retry import retry_policy
 from fscache.cachedblob import CachedBlob
 from fscache.channel.eager import mount_complete
 from fscache.channel.fanotify import FanotifyChannel
 from fscache.config import DaemonConfig
-from fscache.fetcher import Fetcher
+from fscache.fetcher import Fetcher, FetcherOptions
 from fscache.metrics import CacheMetrics
 from fscache.mount import ErofsMount, MountBusy, MountError, mount_erofs
 from fscache.probe import lazy_supported, probe
@@ -65,6 +67,12 @@ _TRANSITIONS = {
     (State.READY, State.STOPPED),
     (State.INIT, State.STOPPED),
 }
+
+
+def _stop_events(channel: FanotifyChannel, blob: CachedBlob) -> None:
+    """Tell the kernel that a blob is complete; at the end of the daemon nobody asks any more."""
+    if channel.fileno() >= 0:
+        channel.ignore(blob.cache.fileno())
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +157,7 @@ class Daemon:
         self._prepare_work_dir()
         self.backend = open_backend(self.config.backend)
         self._stack.callback(self.backend.close)
-        fetcher = Fetcher()
+        fetcher = Fetcher(FetcherOptions(retry=retry_policy(self.config.backend)))
         self._stack.callback(fetcher.close, CLOSE_SECONDS)
         self._enter(State.READY)
         mount = (
@@ -204,7 +212,7 @@ class Daemon:
         self._stack.callback(channel.close)
         devices = []
         for plan in plans:
-            blob = self._open_blob(plan, fetcher, lambda done: channel.ignore(done.cache.fileno()))
+            blob = self._open_blob(plan, fetcher, partial(_stop_events, channel))
             service.add(blob)
             fetcher.attach(blob)
             devices.append(store.link(blob.blob_id, blob.path))

@@ -7,8 +7,10 @@ from an mmap, by explicit offsets, so images may be shared between threads.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import stat
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -258,8 +260,11 @@ class Bootstrap(Image):
 def _view(source: _Source) -> tuple[View, mmap.mmap | None]:
     if not isinstance(source, Path | str):
         return View(source), None
-    descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    # O_NONBLOCK: a FIFO is refused instead of waited for.
+    descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(source))
         # Block devices have no st_size; seeking to their end tells it.
         if os.lseek(descriptor, 0, os.SEEK_END) == 0:
             return View(b""), None

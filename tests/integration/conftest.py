@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from serving import Serving
 
 from fscache import kernel
 from fscache.channel.fanotify import FanotifyChannel
@@ -126,6 +127,17 @@ sys.stdout.buffer.write(data)
 def stack():
     with contextlib.ExitStack() as closers:
         yield closers
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_mounted(tmp_path):
+    yield
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+
+
+@pytest.fixture
+def serving(tmp_path, stack):
+    return Serving(tmp_path, stack)
 
 
 @pytest.fixture

@@ -134,14 +134,18 @@ def iter_names(root: Node) -> Iterator[tuple[bytes, bytes, Node]]:
 
 
 def split_xattr_name(name: bytes) -> tuple[int, bytes]:
-    """Return (name index, rest of the name); raise `CorruptStructure` for unknown prefixes."""
+    """Return (name index, rest of the name).
+
+    Raises `CorruptStructure` for an unknown prefix, and for a prefix alone, which the kernel
+    would list and then not find.
+    """
     for index, prefix in layout.XATTR_PREFIXES:
         if index in layout.XATTR_WHOLE_NAMES:
             if name == prefix:
                 return index, b""
-        elif name.startswith(prefix):
+        elif name.startswith(prefix) and name != prefix:
             return index, name[len(prefix) :]
-    raise CorruptStructure("xattr name without an EROFS prefix", got=name)
+    raise CorruptStructure("xattr name that EROFS cannot hold", got=name)
 
 
 def _check_name(path: bytes, name: bytes) -> None:

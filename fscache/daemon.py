@@ -50,6 +50,11 @@ class Daemon(NodeDaemon):
         )
 
     @property
+    def mountpoint(self) -> Path:
+        """Where the image is mounted."""
+        return self.options.mountpoint
+
+    @property
     def served(self) -> ServedImage:
         """The image, once it is mounted; raise `TableError` before."""
         return self.image(ROOT)

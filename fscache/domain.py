@@ -153,4 +153,6 @@ class CacheDomain:
 
     def close(self) -> None:
         """Close the channel and remove the directory; only after all mounts are gone."""
-        self._stack.close()
+        # With the lock, so that no blob becomes complete between a look at the channel and its use.
+        with self._lock:
+            self._stack.close()

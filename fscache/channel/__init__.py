@@ -71,16 +71,20 @@ class Reply:
         return self._answer(True)
 
     def deny(self, error: object) -> bool:
-        """Fail the read with `EIO` and log why. Return whether this answered."""
+        """Fail the read with `EIO`. Return whether this answered.
+
+        One failure denies many events, so the reason is only logged for debugging here; who
+        found it has told it.
+        """
         answered = self._answer(False)
         if answered:
-            _log.warning("denied %s: %s", self.request, error)
+            _log.debug("denied %s: %s", self.request, error)
         return answered
 
     def close(self) -> None:
         """Deny if there was no answer yet."""
-        if self._owned:
-            self.deny("dropped without an answer")
+        if self._owned and self.deny("dropped without an answer"):
+            _log.error("a reply was dropped without an answer: %s", self.request)
 
     def __enter__(self) -> Reply:
         return self

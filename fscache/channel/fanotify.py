@@ -237,10 +237,10 @@ class FanotifyChannel:
             request = ReadRequest(status.st_dev, status.st_ino, event.offset, event.length)
             reply.request = request
             if event.offset < 0:
-                reply.deny("event without a range")
-                return
+                raise ChannelError("event without a range")
             self._handler(request, reply)
         except NydusError as error:
+            _log.warning("denied %s: %s", reply.request, error)
             reply.deny(error)
         except Exception as error:  # noqa: BLE001
             # The owner of the reply is the one place that catches everything: a reader waits.

@@ -193,7 +193,7 @@ def test_success_is_told_as_the_real_tool_does(workplace):
 def replay_once(case, workplace):
     folder = workplace / "cases" / f"{case}-again"
     folder.mkdir(parents=True)
-    (line, _), = commands(case)
+    ((line, _),) = commands(case)
     environment = dict(os.environ, PATH=f"{workplace / 'bin'}:{os.environ['PATH']}")
     result = subprocess.run(
         ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True

@@ -15,7 +15,7 @@ from capabilities import need_tool, requires
 from fakes.blob_server import BlobServer
 from serving import Serving, build_image, unmount, wait_until, write_config
 
-import fscache.daemon
+import fscache.runtime
 from erofs import CorruptStructure, IntegrityError, open_bootstrap
 from fscache.backend import HttpProxyConfig
 from fscache.backend.retry import RetryPolicy
@@ -98,7 +98,7 @@ def serving(tmp_path, stack, monkeypatch):
     options = FetcherOptions(
         retry=RetryPolicy(attempts=2, first_delay=0.01), negative_ttl=FORGET, sync_interval=0.1
     )
-    monkeypatch.setattr(fscache.daemon, "Fetcher", lambda *_: Fetcher(options))
+    monkeypatch.setattr(fscache.runtime, "Fetcher", lambda *_: Fetcher(options))
     return Serving(tmp_path, stack)
 
 
@@ -166,7 +166,7 @@ def test_corrupted_chunk_is_refused_and_harms_no_other(serving, server, image, s
     top = daemon.mountpoint
     content = (source / "b").read_bytes()
     serving.read_fails(top / "b", CHUNK)
-    assert daemon.cache_metrics.digest_failures > 0
+    assert daemon.served.cache_metrics.digest_failures > 0
     # The neighbours in the same file, and other files.
     assert serving.read(top / "b", 0, CHUNK) == content[:CHUNK]
     assert serving.read(top / "b", 2 * CHUNK) == content[2 * CHUNK :]
@@ -306,7 +306,7 @@ def test_unknown_file_in_the_serve_directory_is_denied(serving, server, image, s
     serve = next((serving.directory / "cache").glob("serve-*"))
     os.link(stranger, serve / "stranger")
     serving.read_fails(serve / "stranger")
-    assert "not a file of a served image" in caplog.text
+    assert "not of a served image" in caplog.text
     assert serving.read(top / "a") == (source / "a").read_bytes()
 
 
@@ -451,7 +451,7 @@ def test_cache_of_a_killed_daemon_is_good(serving, server, image, source):
 
 def test_eager_fetches_and_verifies_everything_before_the_mount(serving, server, image, source):
     daemon = serving.start(image, http(server), eager=True)
-    assert daemon.cache_metrics.as_dict()["data_all_ready"] is True
+    assert daemon.served.cache_metrics.as_dict()["data_all_ready"] is True
     sent = len(server.ranges)
     server.stop()
     for name in ("a", "b", "c"):

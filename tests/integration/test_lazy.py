@@ -232,11 +232,11 @@ def test_complete_blob_raises_no_more_events(serving, server, image, source):
     tree = serving.snapshot(top)
     assert differences(tree, read_tree(source), ignore=frozenset({"mtime_ns"})) == []
     wait_until(lambda: "ignored_mask:100000" in fanotify_marks())
-    assert daemon.cache_metrics.as_dict()["data_all_ready"] is True
-    before = daemon.cache_metrics.as_dict()["total"]
+    assert daemon.served.cache_metrics.as_dict()["data_all_ready"] is True
+    before = daemon.served.cache_metrics.as_dict()["total"]
     asked = len(server.ranges)
     serving.child(_DROP_AND_READ, top / "big", top / "medium").finish()
-    assert daemon.cache_metrics.as_dict()["total"] == before
+    assert daemon.served.cache_metrics.as_dict()["total"] == before
     assert len(server.ranges) == asked
 
 
@@ -245,10 +245,10 @@ def test_incomplete_blob_raises_events_for_what_was_dropped(serving, server, ima
     daemon = serving.start(image, config(server))
     serving.read(daemon.mountpoint / "medium")
     assert "ignored_mask:100000" not in fanotify_marks()
-    before = daemon.cache_metrics.as_dict()["total"]
+    before = daemon.served.cache_metrics.as_dict()["total"]
     asked = list(server.ranges)
     serving.child(_DROP_AND_READ, daemon.mountpoint / "medium").finish()
-    assert daemon.cache_metrics.as_dict()["total"] > before
+    assert daemon.served.cache_metrics.as_dict()["total"] > before
     assert server.ranges == asked
 
 
@@ -258,7 +258,7 @@ def test_stop_right_after_the_last_chunk_is_silent(serving, server, image, caplo
     serving.snapshot(daemon.mountpoint)
     daemon.stop()
     assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
-    assert daemon.cache_metrics.digest_failures == 0
+    assert daemon.served.cache_metrics.digest_failures == 0
     asked = len(server.ranges)
     assert serving.snapshot(serving.start(image, config(server)).mountpoint)
     assert len(server.ranges) == asked

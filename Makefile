@@ -29,7 +29,13 @@ demo: install ## build a real root filesystem, mount it lazily, run programs fro
 .PHONY: test
 test: install ## all tests that need no other machine; kernel tests when root
 	@.ci/packages erofs-utils attr acl libcap2-bin e2fsprogs tar
-	@$(PYTEST) $(PYTEST_ARGS)
+	@$(PYTEST) --ignore=tests/real $(PYTEST_ARGS)
+
+.PHONY: test-real
+test-real: install ## containers by containerd and nydus-snapshotter; needs root and Go
+	@.ci/packages docker-registry runc skopeo
+	@$(BIN)/python -m tests.real.peers
+	@$(PYTEST) tests/real $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: install ## ruff, mypy, import contracts, spelling

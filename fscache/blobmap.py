@@ -145,12 +145,14 @@ class BlobMap:
         self.known_count = len(rows)
         self.known = bytearray(self.chunk_count)
         self.compressed = bytearray(self.chunk_count)
+        self._continues = bytearray(self.chunk_count)
         self.uncompressed_offsets = array("Q", bytes(8 * self.chunk_count))
         self.uncompressed_sizes = array("I", bytes(4 * self.chunk_count))
         self.compressed_offsets = array("Q", bytes(8 * self.chunk_count))
         self.compressed_sizes = array("I", bytes(4 * self.chunk_count))
         self._digests = bytearray(DIGEST_BYTES * self.chunk_count)
         self._gaps_before = array("I", bytes(4 * self.chunk_count))
+        self._file_offsets = array("Q", bytes(8 * self.chunk_count))
         with error_context(blob=entry.id):
             self._fill(rows)
 
@@ -168,6 +170,10 @@ class BlobMap:
                     )
                 gaps += row.uncompressed_offset > end
                 end = self.page_end(index)
+                before = rows.get(index - 1)
+                self._continues[index] = before is not None and (
+                    row.file_offset == before.file_offset + before.uncompressed_size
+                )
             else:
                 self.uncompressed_offsets[index] = end
             self._gaps_before[index] = gaps
@@ -179,6 +185,7 @@ class BlobMap:
         self.uncompressed_sizes[index] = row.uncompressed_size
         self.compressed_offsets[index] = row.compressed_offset
         self.compressed_sizes[index] = row.compressed_size
+        self._file_offsets[index] = row.file_offset
         self._digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES] = row.digest
 
     def _row(self, index: int) -> ChunkInfo:
@@ -190,7 +197,7 @@ class BlobMap:
             uncompressed_size=self.uncompressed_sizes[index],
             compressed_offset=self.compressed_offsets[index],
             uncompressed_offset=self.uncompressed_offsets[index],
-            file_offset=0,
+            file_offset=self._file_offsets[index],
             chunk_index=index,
             crc32c=0,
         )
@@ -216,13 +223,25 @@ class BlobMap:
             for index in other.positions():
                 if not self.known[index]:
                     fresh.append(other._row(index)._replace(blob_index=self.entry.blob_index))
-                elif self._row(index)[2:] != other._row(index)[2:] or self.digest(
-                    index
-                ) != other.digest(index):
+                elif not self._agrees(other, index):
                     raise CorruptStructure("images differ about a chunk", chunk=index)
         if not fresh:
             return self
         return BlobMap(self.entry, [*map(self._row, self.positions()), *fresh])
+
+    def _agrees(self, other: BlobMap, index: int) -> bool:
+        """Tell whether two maps say the same of a chunk; its place in files may differ."""
+        mine, theirs = self._row(index), other._row(index)
+        return mine._replace(blob_index=0, file_offset=0) == theirs._replace(
+            blob_index=0, file_offset=0
+        )
+
+    def following(self, index: int, count: int) -> range:
+        """Return up to `count` chunks behind one that go on in the same file."""
+        stop = index + 1
+        while stop < self.chunk_count and stop <= index + count and self._continues[stop]:
+            stop += 1
+        return range(index + 1, stop)
 
     def positions(self) -> list[int]:
         """Return the indexes of the known chunks, ascending."""

@@ -20,10 +20,15 @@ from fscache.blobmap import BlobMap
 from fscache.cachefile import CacheError, CacheFile
 from fscache.chunkmap import ChunkMap
 from fscache.metrics import CacheMetrics
+from fscache.streams import Streams
 
 __all__ = ["CachedBlob"]
 
 logger = logging.getLogger(__name__)
+
+# How far to be ahead of a sequential reader: enough to have requests under way all the time.
+AHEAD_CHUNKS = 4
+AHEAD_BYTES = 4 << 20
 
 
 class CachedBlob:
@@ -46,6 +51,7 @@ class CachedBlob:
         self.cache = cache
         self.chunks = chunks
         self.metrics = metrics
+        self.streams = Streams(max(AHEAD_CHUNKS, AHEAD_BYTES // blob_map.entry.chunk_size))
         self._readers: tuple[BlobReader, ...] = (reader,)
         self._on_complete = on_complete
         self._lock = threading.Lock()

@@ -94,6 +94,16 @@ class _Request:
             _call(done, error)
 
 
+class _Nobody:
+    """A waiter that does not wait: for chunks that are fetched ahead."""
+
+    def chunk_done(self, error: NydusError | None) -> None:
+        """Take the news."""
+
+
+_NOBODY = _Nobody()
+
+
 class _Outstanding:
     """All requests without an answer, and the lock of their counters."""
 
@@ -245,6 +255,21 @@ class Fetcher:
             _call(done, error)
         else:
             self._request(blob, positions, done)
+            if positions:
+                self._look_ahead(blob, positions)
+
+    def _look_ahead(self, blob: CachedBlob, positions: range) -> None:
+        """Fetch what a sequential reader will want next, in the same file; nobody waits for it."""
+        count = blob.streams.ahead(positions)
+        if not count:
+            return
+        following = blob.map.following(positions[-1], count)
+        if not following or blob.chunks.all_ready(following):
+            return
+        mine, _ = blob.chunks.claim(following, _NOBODY)
+        for group in blob.map.groups(mine, self._options.max_merge):
+            if not self._pool.submit(blob, partial(self._run, blob, group)):
+                self._fail(blob, group, Unavailable("the daemon stops", blob=blob.blob_id))
 
     def _request(self, blob: CachedBlob, positions: range, done: Done) -> None:
         try:

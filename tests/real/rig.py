@@ -149,9 +149,14 @@ class Rig:
         """Return the numbers of the nydusd processes that the snapshotter has started."""
         return {pid for pid, words in self.box.processes().items() if "--apisock" in words}
 
-    def image_mounts(self) -> list[str]:
-        """Return the mounts at and below the snapshotter's directory."""
-        return [line for line in self.box.mounts() if line.split()[1].startswith(f"{self.root}/sn")]
+    def mounts(self) -> list[str]:
+        """Return the lines of the mount table about what is below our directory."""
+        return [line for line in self.box.mounts() if line.split()[1].startswith(f"{self.root}/")]
+
+    def logs(self) -> str:
+        """Return the ends of all logs."""
+        programs = (self.registry, self.containerd, self.snapshotter)
+        return "\n".join(f"--- {program.name}:\n{program.log_end(20000)}" for program in programs)
 
     def fetched(self, image: Image) -> int:
         """Return how many bytes of the image's blobs the registry has sent."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import resource
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -16,8 +18,9 @@ from erofs.console import LOG_LEVELS, CommandParser, ProgressLine, package_versi
 from erofs.errors import NydusError
 from fscache.api import ApiServer
 from fscache.backend import LocalFsConfig
-from fscache.config import DaemonConfig, load_config
+from fscache.config import ConfigError, DaemonConfig, load_config
 from fscache.daemon import Daemon
+from fscache.environment import with_environment
 
 __all__ = ["main"]
 
@@ -107,9 +110,12 @@ def _end_on_signals(daemon: Daemon) -> None:
 def _serve_erofs(arguments: argparse.Namespace) -> int:
     if arguments.localfs_dir is not None:
         directory = arguments.localfs_dir
+        if not directory.is_dir():
+            raise ConfigError("not a directory", path=directory)
         config = DaemonConfig(LocalFsConfig(dir=directory), directory)
     else:
         config = load_config(arguments.config)
+        config = replace(config, backend=with_environment(config.backend, os.environ))
     progress = ProgressLine("fetched")
     daemon = Daemon(
         config,
@@ -143,8 +149,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("a command is required: erofs")
     try:
         set_up_logging(arguments.log_level, arguments.log_file)
-        # What concerns the backend is logged by the backend, with the blob.
-        logging.getLogger("urllib3").setLevel(logging.ERROR)
         _raise_open_files()
         return _serve_erofs(arguments)
     except NydusError as error:

@@ -11,7 +11,8 @@ PUBLIC = {
     "builder": """BuildError BuildOptions BuildResult MergeOptions PrefetchPolicy SourceOptions
         SourceType WhiteoutSpec build merge unpack""",
     "fscache.backend": """AuthError Backend BackendConfig BackendError BackendMetrics BlobReader
-        HttpProxyConfig LocalFsConfig NotFound ShortRead Unavailable check_blob_id open_backend""",
+        Credentials HttpProxyConfig LocalFsConfig MirrorConfig NotFound ProxyConfig RegistryConfig
+        ShortRead Unavailable check_blob_id open_backend""",
     "fscache.config": "ConfigError DaemonConfig load_config parse_config",
     "fscache.daemon": "Daemon LazyUnsupported State StateError",
 }

@@ -16,6 +16,7 @@ from erofs.digest import digest
 from erofs.errors import CodecError, IntegrityError, error_context
 from erofs.rafs import BlobEntry, ChunkInfo
 from fscache.backend.base import BackendError, BlobReader
+from fscache.backend.retry import RetryPolicy
 from fscache.blobmap import BlobMap
 from fscache.cachefile import CacheError, CacheFile
 from fscache.chunkmap import ChunkMap
@@ -34,7 +35,8 @@ AHEAD_BYTES = 4 << 20
 class CachedBlob:
     """Reader, map, data file and chunk map of one blob; made by `open`, used by one `Fetcher`.
 
-    `map` and `chunks` are the tables, `cache` is the data file, which this object owns.
+    `map` and `chunks` are the tables, `cache` is the data file, which this object owns, `retry`
+    says how reads of the backend are repeated.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class CachedBlob:
         self.cache = cache
         self.chunks = chunks
         self.metrics = metrics
+        self.retry = RetryPolicy()
         self.streams = Streams(max(AHEAD_CHUNKS, AHEAD_BYTES // blob_map.entry.chunk_size))
         self._readers: tuple[BlobReader, ...] = (reader,)
         self._on_complete = on_complete

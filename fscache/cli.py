@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import resource
 import signal
 import sys
@@ -18,6 +19,7 @@ from erofs.errors import NydusError
 from fscache.api import ApiServer
 from fscache.backend import LocalFsConfig
 from fscache.config import ConfigError, DaemonConfig, load_config
+from fscache.environment import with_environment
 from fscache.node import NodeDaemon, NodeOptions
 
 __all__ = ["main"]
@@ -137,7 +139,10 @@ def _config(arguments: argparse.Namespace) -> DaemonConfig | None:
         if not directory.is_dir():
             raise ConfigError("not a directory", path=directory)
         return DaemonConfig(LocalFsConfig(dir=directory), directory)
-    return None if arguments.config is None else load_config(arguments.config)
+    if arguments.config is None:
+        return None
+    config = load_config(arguments.config)
+    return replace(config, backend=with_environment(config.backend, os.environ))
 
 
 def _erofs_options(arguments: argparse.Namespace) -> NodeOptions:
@@ -178,6 +183,7 @@ def _fuse_options(arguments: argparse.Namespace) -> NodeOptions:
         config=config,
         shared_dir=arguments.shared_dir,
         id=arguments.id,
+        environment=os.environ,
     )
 
 
@@ -249,8 +255,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"a command is required: {', '.join(_COMMANDS)}")
     try:
         set_up_logging(arguments.log_level, arguments.log_file)
-        # What concerns the backend is logged by the backend, with the blob.
-        logging.getLogger("urllib3").setLevel(logging.ERROR)
         _set_open_files(arguments.rlimit_nofile)
         return _serve(arguments)
     except NydusError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from erofs.errors import NydusError
 from fscache.backend import BlobReader
+from fscache.backend.retry import RetryPolicy
 from fscache.cachedblob import CachedBlob
 from fscache.channel.fanotify import FanotifyChannel
 from fscache.fetcher import Fetcher
@@ -87,7 +88,9 @@ class CacheDomain:
             # In reverse: the group closes, then the links go.
             self._stack = stack.pop_all()
 
-    def acquire(self, plan: BlobPlan, reader: BlobReader, metrics: CacheMetrics) -> Path:
+    def acquire(
+        self, plan: BlobPlan, reader: BlobReader, metrics: CacheMetrics, retry: RetryPolicy
+    ) -> Path:
         """Open a blob, or join those who hold it; return the path for the kernel.
 
         Raises `NydusError`; then nothing is held.
@@ -107,6 +110,7 @@ class CacheDomain:
                 metrics,
                 on_complete=partial(self._completed, reader.blob_id),
             )
+            blob.retry = retry
             self._shared[blob.blob_id] = _Shared(blob, [reader])
             try:
                 link = self._store.link(blob.blob_id, blob.path)

@@ -12,12 +12,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from erofs.errors import NydusError
 from fscache.backend.base import ShortRead, Unavailable
-from fscache.backend.retry import RetryPolicy
 from fscache.cachedblob import CachedBlob
 from fscache.cachefile import CacheError
 from fscache.fetchall import FetchAll, Progress
@@ -38,7 +37,6 @@ class FetcherOptions:
         workers: threads that fetch, decode and write.
         workers_per_blob: how many of them one blob may keep busy.
         max_merge: largest range of the stored blob that neighbouring chunks are merged into.
-        retry: repetition of temporary backend failures.
         negative_ttl: how long a failed chunk fails at once, for the second event of the same
             read (ondemand 5.14 item 6).
         request_deadline: when a request fails whatever its workers do; below the hung-task
@@ -49,7 +47,6 @@ class FetcherOptions:
     workers: int = 16
     workers_per_blob: int = 8
     max_merge: int = 4 << 20
-    retry: RetryPolicy = field(default_factory=RetryPolicy)
     negative_ttl: float = 1.0
     request_deadline: float = 100.0
     sync_interval: float = 5.0
@@ -368,7 +365,7 @@ class Fetcher:
 
         Raises `BackendError`, with `todo` as it was.
         """
-        stored = memoryview(self._options.retry.run(lambda: blob.read(run), self._stop))
+        stored = memoryview(blob.retry.run(lambda: blob.read(run), self._stop))
         blob.metrics.buffer(len(stored))
         try:
             start = 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fscache.backend import Backend, BlobReader, open_backend
+from fscache.backend.retry import retry_policy
 from fscache.cachedblob import CachedBlob
 from fscache.channel.eager import mount_complete
 from fscache.config import DaemonConfig
@@ -64,6 +65,7 @@ class ServedImage:
         self._stack = ExitStack()
         self.backend: Backend = open_backend(config.backend)
         self._stack.callback(self.backend.close)
+        self._retry = retry_policy(config.backend)
         self._mount: ErofsMount | None = None
         self._needs_daemon = True
 
@@ -74,7 +76,7 @@ class ServedImage:
             devices = []
             for plan in self._plans:
                 reader = self.backend.open(plan.entry.id)
-                devices.append(domain.acquire(plan, reader, self.cache_metrics))
+                devices.append(domain.acquire(plan, reader, self.cache_metrics, self._retry))
                 self._stack.callback(domain.release, reader)
             mount = mount_erofs(self.bootstrap, devices, self.mountpoint, directio=options.directio)
             self._mounted(mount)
@@ -112,6 +114,7 @@ class ServedImage:
         blob = CachedBlob.open(
             self.config.work_dir, plan.entry, plan.chunks, reader, self.cache_metrics
         )
+        blob.retry = self._retry
         fetcher.attach(blob)
         self._stack.callback(fetcher.detach, blob)
         return blob

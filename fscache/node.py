@@ -10,8 +10,9 @@ import errno
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from erofs.errors import NydusError
@@ -42,6 +43,7 @@ class NodeOptions:
         bootstrap: the image to mount there, with its `config`.
         shared_dir: a directory to bind there instead.
         id: name of the instance, as clients gave it.
+        environment: adds to the configuration of images that are mounted later.
         eager: fetch and verify the image first, then mount it.
         directio: read data files past the page cache.
         progress: called with (bytes done, all bytes) while an eager start fetches.
@@ -53,6 +55,7 @@ class NodeOptions:
     shared_dir: Path | None = None
     id: str | None = None
     supervisor: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     eager: bool = False
     directio: bool = False
     progress: Progress | None = None

@@ -10,7 +10,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
@@ -19,6 +19,7 @@ from erofs.console import LOG_LEVELS, package_version
 from erofs.errors import NydusError
 from erofs.reader import open_bootstrap
 from fscache.config import DaemonConfig, parse_config
+from fscache.environment import with_environment
 from fscache.image import ServedImage
 from fscache.lifecycle import State
 from fscache.node import Entry, NodeDaemon
@@ -176,14 +177,16 @@ def _mount_words(request: Request) -> tuple[str, str, str, str]:
     return path, source, config, kind
 
 
-def _image_config(text: str) -> DaemonConfig:
-    return parse_config(text)
+def _image_config(daemon: NodeDaemon, text: str) -> DaemonConfig:
+    config = parse_config(text)
+    backend = with_environment(config.backend, daemon.options.environment)
+    return replace(config, backend=backend)
 
 
 def _mount(daemon: NodeDaemon, request: Request) -> Answer:
     path, source, config, kind = _mount_words(request)
     if kind == "rafs":
-        daemon.mount_image(path, Path(source), _image_config(config))
+        daemon.mount_image(path, Path(source), _image_config(daemon, config))
     else:
         daemon.mount_directory(path, Path(source))
     return Answer(HTTPStatus.NO_CONTENT)
@@ -195,7 +198,7 @@ def _remount(daemon: NodeDaemon, request: Request) -> Answer:
         raise _Refusal(
             HTTPStatus.INTERNAL_SERVER_ERROR, "Mount(filesystem type mismatch, expect RAFS)"
         )
-    daemon.remount_image(path, Path(source), _image_config(config))
+    daemon.remount_image(path, Path(source), _image_config(daemon, config))
     return Answer(HTTPStatus.NO_CONTENT)
 
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 from fscache.backend.base import (
     AuthError,
     Backend,
-    BackendConfig,
     BackendError,
     BackendMetrics,
     BlobReader,
-    HttpProxyConfig,
-    LocalFsConfig,
     NotFound,
     ShortRead,
     Unavailable,
     check_blob_id,
 )
 from fscache.backend.localfs import LocalFsBackend
+from fscache.backend.settings import (
+    BackendConfig,
+    Credentials,
+    HttpProxyConfig,
+    LocalFsConfig,
+    MirrorConfig,
+    ProxyConfig,
+    RegistryConfig,
+)
 
 __all__ = [
     "AuthError",
@@ -25,9 +31,13 @@ __all__ = [
     "BackendError",
     "BackendMetrics",
     "BlobReader",
+    "Credentials",
     "HttpProxyConfig",
     "LocalFsConfig",
+    "MirrorConfig",
     "NotFound",
+    "ProxyConfig",
+    "RegistryConfig",
     "ShortRead",
     "Unavailable",
     "check_blob_id",
@@ -43,6 +53,10 @@ def open_backend(config: BackendConfig) -> Backend:
     if isinstance(config, LocalFsConfig):
         return LocalFsBackend(config)
     # A daemon on local files needs no HTTP library.
+    if isinstance(config, RegistryConfig):
+        from fscache.backend.registry import RegistryBackend
+
+        return RegistryBackend(config)
     from fscache.backend.http import HttpProxyBackend
 
     return HttpProxyBackend(config)

@@ -1,4 +1,4 @@
-"""What every backend is: readers of blobs by id, their errors, configurations and counters.
+"""What every backend is: readers of blobs by id, their errors and counters.
 
 No transport lives here; a registry or an object store is one more module beside this one.
 """
@@ -11,21 +11,16 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from erofs.errors import NydusError
 
 __all__ = [
     "AuthError",
     "Backend",
-    "BackendConfig",
     "BackendError",
     "BackendMetrics",
     "BlobReader",
-    "HttpProxyConfig",
-    "LocalFsConfig",
     "NotFound",
     "ShortRead",
     "Unavailable",
@@ -43,14 +38,29 @@ class BackendError(NydusError):
     """A backend that does not give what was asked for.
 
     Args:
-        what: what went wrong, one clause.
-        temporary: whether the same request may succeed a moment later.
+        what: what went wrong, one clause, without secrets.
+        temporary: whether the caller should repeat the request a moment later.
+        retry_after: seconds the server asks to be left alone for, None when it does not.
         where: the places of `NydusError`.
     """
 
-    def __init__(self, what: str, *, temporary: bool = False, **where: object) -> None:
+    def __init__(
+        self,
+        what: str,
+        *,
+        temporary: bool = False,
+        retry_after: float | None = None,
+        **where: object,
+    ) -> None:
         super().__init__(what, **where)
         self.temporary = temporary
+        self.retry_after = retry_after
+
+    def again(self) -> Self:
+        """Return a copy for another thread that waited for the same thing."""
+        return type(self)(
+            self.what, temporary=self.temporary, retry_after=self.retry_after, **self.where
+        )
 
 
 class NotFound(BackendError, FileNotFoundError):
@@ -118,44 +128,6 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Drop idle connections; readers must not be used afterwards."""
-
-
-@dataclass(frozen=True, slots=True)
-class LocalFsConfig:
-    """Backend `localfs` (tools 4.4): one file for every id, or directories of files by id."""
-
-    dir: Path | None = None
-    blob_file: Path | None = None
-    alt_dirs: tuple[Path, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class HttpProxyConfig:
-    """Backend `http-proxy` (tools 4.4); times in seconds.
-
-    Args:
-        addr: `http://` or `https://` address, or the absolute path of a unix socket.
-        path: prefix; a blob is `<path>/<blob id>`.
-        timeout: longest wait for the next bytes of an answer.
-        connect_timeout: longest wait for a connection.
-        retry_limit: accepted and without effect, as in nydusd.
-        skip_verify: accept any certificate.
-        ca_cert_files: PEM files of further authorities.
-        transfer_timeout: longest time for the body of one answer, so that a server which
-            sends a byte now and then does not hold a reader for ever.
-    """
-
-    addr: str
-    path: str = ""
-    timeout: float = 5.0
-    connect_timeout: float = 5.0
-    retry_limit: int = 0
-    skip_verify: bool = False
-    ca_cert_files: tuple[Path, ...] = ()
-    transfer_timeout: float = 45.0
-
-
-BackendConfig = LocalFsConfig | HttpProxyConfig
 
 
 class BackendMetrics:

@@ -1,129 +1,69 @@
-"""Backends as configurations name them: checked access to JSON objects, and the keys of 4.4.
+"""Backends as configurations name them: the keys of tools 4.4, decoded to `settings`.
 
-A key that nydusd does not know is warned about, with its path; a value of the wrong type is
-an error with its path. Values are never quoted: some are secrets.
+Values are never quoted in errors: some are secrets.
 """
 
 from __future__ import annotations
 
-import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-from erofs.errors import NydusError
-from fscache.backend.base import BackendConfig, HttpProxyConfig, LocalFsConfig
+from fscache.backend.settings import (
+    BackendConfig,
+    Credentials,
+    HttpProxyConfig,
+    LocalFsConfig,
+    MirrorConfig,
+    ProxyConfig,
+    RegistryConfig,
+)
+from fscache.backend.table import ConfigError, ConfigTable
 
-__all__ = ["BACKENDS_TO_COME", "ConfigError", "ConfigTable", "backend_config"]
+__all__ = ["BACKENDS_TO_COME", "BACKEND_TYPES", "ConfigError", "ConfigTable", "backend_config"]
 
-logger = logging.getLogger(__name__)
+BACKENDS_TO_COME = ("localdisk", "oss", "s3")
+BACKEND_TYPES = ("localfs", "registry", "http-proxy", *BACKENDS_TO_COME)
 
-BACKENDS_TO_COME = ("localdisk", "oss", "s3", "registry")
-_T = TypeVar("_T")
-
-
-class ConfigError(NydusError):
-    """A configuration that cannot be used; the text begins with the JSON path."""
-
-
-class ConfigTable:
-    """A JSON object with its path; knows which keys were asked for."""
-
-    def __init__(self, value: object, path: str) -> None:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path or 'configuration'}: expected an object, got {_kind(value)}")
-        self._items: Mapping[str, object] = value
-        self._path = path
-        self._seen: set[str] = set()
-
-    def _at(self, key: str) -> str:
-        return f"{self._path}.{key}" if self._path else key
-
-    def get(self, key: str, kind: type[_T], default: _T) -> _T:
-        """Return a value of the given type, or the default when it is absent or null."""
-        self._seen.add(key)
-        value = self._items.get(key)
-        if value is None:
-            return default
-        # In JSON true is no number, though in Python it is.
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ConfigError(f"{self._at(key)}: expected {_NAMES[kind]}, got {_kind(value)}")
-        return value
-
-    def require(self, key: str) -> str:
-        """Return a string that has to be there."""
-        value = self.get(key, str, "")
-        if not value:
-            raise ConfigError(f"{self._at(key)}: missing")
-        return value
-
-    def table(self, key: str) -> ConfigTable:
-        """Return an object below this one, empty when it is absent."""
-        self._seen.add(key)
-        value = self._items.get(key)
-        return ConfigTable({} if value is None else value, self._at(key))
-
-    def paths(self, key: str) -> tuple[Path, ...]:
-        """Return a list of paths."""
-        found = []
-        for number, item in enumerate(self.get(key, list, [])):
-            if not isinstance(item, str):
-                raise ConfigError(f"{self._at(key)}[{number}]: expected text, got {_kind(item)}")
-            found.append(Path(item))
-        return tuple(found)
-
-    def error(self, key: str, what: str) -> ConfigError:
-        """Return an error about one key."""
-        return ConfigError(f"{self._at(key)}: {what}")
-
-    def finish(self, without_effect: tuple[str, ...] = ()) -> None:
-        """Warn about the keys that nobody asked for."""
-        for key in self._items:
-            if key in self._seen:
-                continue
-            if key in without_effect:
-                logger.warning("configuration: %s has no effect in this version", self._at(key))
-            else:
-                logger.warning("configuration: unknown key %s", self._at(key))
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
+_REPOSITORY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(?:/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+_BEARER = re.compile(r"[\x21-\x7e]+")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 
-_NAMES: dict[type, str] = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    list: "a list",
-}
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, Mapping):
-        return "an object"
-    return _NAMES.get(type(value), type(value).__name__)
-
-
-def backend_config(kind: str, table: ConfigTable, place: ConfigTable) -> BackendConfig:
+def backend_config(
+    kind: str, table: ConfigTable, place: ConfigTable, key: str = "type"
+) -> BackendConfig:
     """Return the configuration of a backend.
 
     Args:
         kind: its type, as nydusd calls it.
         table: its keys.
-        place: the object that holds `type`, for errors.
+        place: the object that holds the type, for errors.
+        key: of the type.
 
     Raises:
         ConfigError: a type that is unknown or still to come, a missing or wrong key.
     """
     if kind == "localfs":
-        return _localfs(table)
-    if kind == "http-proxy":
-        return _http_proxy(table)
-    if kind in BACKENDS_TO_COME:
-        raise place.error("type", f"backend '{kind}' is not supported in this version")
-    raise place.error("type", f"unknown backend '{kind}'")
+        config: BackendConfig = _localfs(table)
+    elif kind == "http-proxy":
+        config = _http_proxy(table)
+    elif kind == "registry":
+        config = _registry(table)
+    elif kind in BACKENDS_TO_COME:
+        raise place.error(key, f"backend '{kind}' is not supported in this version")
+    else:
+        raise place.error(key, f"unknown backend '{kind}'")
+    table.finish()
+    return config
+
+
+def is_header(name: str, value: str) -> bool:
+    """Tell whether this can be a field of an HTTP head."""
+    return bool(_HEADER_NAME.fullmatch(name) and _HEADER_VALUE.fullmatch(value))
 
 
 def _localfs(table: ConfigTable) -> LocalFsConfig:
@@ -135,26 +75,109 @@ def _localfs(table: ConfigTable) -> LocalFsConfig:
     )
     if config.dir is None and config.blob_file is None:
         raise table.error("dir", "missing, and there is no blob_file")
-    table.finish(("readahead", "readahead_sec"))
+    table.get("readahead", bool, False)
+    table.get("readahead_sec", int, 0)
     return config
 
 
-def _seconds(table: ConfigTable, key: str, default: float) -> float:
-    value = table.get(key, float, default)
-    if not 0 < value <= 3600:
-        raise table.error(key, f"expected seconds above 0 and up to 3600, got {value}")
-    return value
+def _network(table: ConfigTable) -> dict[str, Any]:
+    """Return the keys that all network backends have, as arguments of `NetworkConfig`."""
+    proxy = _proxy(table.table("proxy"))
+    mirrors = tuple(_mirror(item) for item in table.tables("mirrors"))
+    if proxy is not None and mirrors:
+        raise table.error("mirrors", "cannot be used together with proxy")
+    return {
+        "timeout": table.seconds("timeout", 5.0),
+        "connect_timeout": table.seconds("connect_timeout", 5.0),
+        "retry_limit": table.number("retry_limit", 0, 0, 255),
+        "skip_verify": table.get("skip_verify", bool, False),
+        "ca_cert_files": table.paths("ca_cert_files"),
+        "proxy": proxy,
+        "mirrors": mirrors,
+    }
+
+
+def _proxy(table: ConfigTable) -> ProxyConfig | None:
+    url = table.get("url", str, "")
+    config = ProxyConfig(
+        url=url,
+        ping_url=table.get("ping_url", str, ""),
+        fallback=table.get("fallback", bool, True),
+        check_interval=table.seconds("check_interval", 5.0),
+        check_pause_elapsed=table.seconds("check_pause_elapsed", 300.0),
+        use_http=table.get("use_http", bool, False),
+    )
+    table.get("dragonfly_scheduler_endpoint", str, "")
+    table.finish()
+    return config if url else None
+
+
+def _mirror(table: ConfigTable) -> MirrorConfig:
+    config = MirrorConfig(
+        host=table.require("host"),
+        headers=_headers(table, "headers"),
+        ping_url=table.get("ping_url", str, ""),
+        health_check_interval=table.seconds("health_check_interval", 5.0),
+        failure_limit=table.number("failure_limit", 5, 1, 255),
+        health_check_pause_elapsed=table.seconds("health_check_pause_elapsed", 300.0),
+    )
+    table.finish()
+    return config
+
+
+def _headers(table: ConfigTable, key: str) -> Mapping[str, str]:
+    headers = table.texts(key)
+    for name, value in headers.items():
+        if not is_header(name, value):
+            raise table.error(key, f"{name!a} cannot be a field of an HTTP head")
+    return headers
 
 
 def _http_proxy(table: ConfigTable) -> HttpProxyConfig:
-    config = HttpProxyConfig(
-        addr=table.require("addr"),
-        path=table.get("path", str, ""),
-        timeout=_seconds(table, "timeout", 5.0),
-        connect_timeout=_seconds(table, "connect_timeout", 5.0),
-        retry_limit=table.get("retry_limit", int, 0),
-        skip_verify=table.get("skip_verify", bool, False),
-        ca_cert_files=table.paths("ca_cert_files"),
+    return HttpProxyConfig(
+        addr=table.require("addr"), path=table.get("path", str, ""), **_network(table)
     )
-    table.finish(("proxy", "mirrors"))
+
+
+def _registry(table: ConfigTable) -> RegistryConfig:
+    config = RegistryConfig(
+        host=_checked(table, "host", table.require("host"), _HOST, "host or host:port"),
+        repo=_checked(table, "repo", table.require("repo"), _REPOSITORY, "a repository"),
+        scheme=_scheme(table, "scheme", "https"),
+        credentials=_credentials(table),
+        registry_token=_optional(table, "registry_token", _BEARER, "a token"),
+        blob_url_scheme=_scheme(table, "blob_url_scheme", ""),
+        blob_redirected_host=_optional(table, "blob_redirected_host", _HOST, "host or host:port"),
+        **_network(table),
+    )
+    if config.blob_redirected_host.startswith("["):
+        raise table.error("blob_redirected_host", "expected a name or an IPv4 address")
     return config
+
+
+def _checked(table: ConfigTable, key: str, value: str, form: re.Pattern[str], expected: str) -> str:
+    if not form.fullmatch(value):
+        raise table.error(key, f"expected {expected}")
+    return value
+
+
+def _optional(table: ConfigTable, key: str, form: re.Pattern[str], expected: str) -> str:
+    value = table.get(key, str, "")
+    return _checked(table, key, value, form, expected) if value else ""
+
+
+def _scheme(table: ConfigTable, key: str, default: str) -> str:
+    value = table.get(key, str, default)
+    if value not in ("https", "http", ""):
+        raise table.error(key, "expected https, http or nothing")
+    return value
+
+
+def _credentials(table: ConfigTable) -> Credentials | None:
+    text = table.get("auth", str, "")
+    if not text:
+        return None
+    try:
+        return Credentials.from_base64(text)
+    except ValueError as error:
+        raise table.error("auth", str(error)) from error

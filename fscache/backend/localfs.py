@@ -15,11 +15,11 @@ from pathlib import Path
 from fscache.backend.base import (
     BackendError,
     BackendMetrics,
-    LocalFsConfig,
     NotFound,
     ShortRead,
     check_blob_id,
 )
+from fscache.backend.settings import LocalFsConfig
 
 __all__ = ["LocalFsBackend", "LocalFsReader"]
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from fscache.backend.base import BackendError
+from fscache.backend.settings import BackendConfig, NetworkConfig
 
-__all__ = ["RetryPolicy"]
+__all__ = ["RetryPolicy", "retry_policy"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -45,7 +46,8 @@ class RetryPolicy:
         """Return what `operation` returns, repeating it while it fails temporarily.
 
         Raises the last `BackendError`, at once when it is permanent, when `stop` is set
-        (also during a pause), or when the next try would begin after the deadline.
+        (also during a pause), or when the next try would begin after the deadline. A pause
+        that the server asks for is kept.
         """
         end = time.monotonic() + self.deadline
         delay = self.first_delay
@@ -54,6 +56,7 @@ class RetryPolicy:
                 return operation()
             except BackendError as error:
                 pause = delay * (1 - self.jitter * random.random())  # noqa: S311 - no secret
+                pause = max(pause, error.retry_after or 0)
                 if (
                     not error.temporary
                     or attempt == self.attempts
@@ -64,3 +67,10 @@ class RetryPolicy:
                 logger.info("try %d of %d failed: %s", attempt, self.attempts, error)
             delay = min(delay * self.factor, self.max_delay)
         raise AssertionError("a policy has at least one attempt")
+
+
+def retry_policy(config: BackendConfig) -> RetryPolicy:
+    """Return how reads of a backend are repeated: `retry_limit` times, by default three."""
+    if isinstance(config, NetworkConfig) and config.retry_limit > 0:
+        return RetryPolicy(attempts=config.retry_limit + 1)
+    return RetryPolicy()

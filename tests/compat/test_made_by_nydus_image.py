@@ -23,20 +23,57 @@ pytestmark = needs_fixtures
 MADE = FIXTURES / "made-by-nydus-image"
 CHECKOUT = Path(__file__).resolve().parents[2]
 
-BYTE_EXACT = """
-tar-none tar-zstd tar-lz4 tar-none-sha256 tar-zstd-sha256 tar-chunk4k tar-chunk64k
-tar-big-1m tar-big-16m tar-big-64k-lz4 tar-toc tar-inline tar-inline-toc tar-inline-toc-lz4
-tar-inline-toc-none tar-blob-id tar-bootdir tar-repeatable tar-aligned tar-fifo targz-rafs
-tar-from-gz-autodetect tar-whiteout-none tar-whiteout-overlayfs tar-nodata tar-nodata-inline
-tar-nodata-inline-notoc tar-empty-zeroblocks tar-gnu tar-ustar
-prefetch-fs prefetch-fs-root prefetch-blob prefetch-nodata
-merge-separate merge-parent merge-mixed-compressor
-""".split()
+BYTE_EXACT = [
+    "tar-none",
+    "tar-zstd",
+    "tar-lz4",
+    "tar-none-sha256",
+    "tar-zstd-sha256",
+    "tar-chunk4k",
+    "tar-chunk64k",
+    "tar-big-1m",
+    "tar-big-16m",
+    "tar-big-64k-lz4",
+    "tar-toc",
+    "tar-inline",
+    "tar-inline-toc",
+    "tar-inline-toc-lz4",
+    "tar-inline-toc-none",
+    "tar-blob-id",
+    "tar-bootdir",
+    "tar-repeatable",
+    "tar-aligned",
+    "tar-fifo",
+    "targz-rafs",
+    "tar-from-gz-autodetect",
+    "tar-whiteout-none",
+    "tar-whiteout-overlayfs",
+    "tar-nodata",
+    "tar-nodata-inline",
+    "tar-nodata-inline-notoc",
+    "tar-empty-zeroblocks",
+    "tar-gnu",
+    "tar-ustar",
+    "prefetch-fs",
+    "prefetch-fs-root",
+    "prefetch-blob",
+    "prefetch-nodata",
+    "merge-separate",
+    "merge-parent",
+    "merge-mixed-compressor",
+]
 
-NEEDS_ROOT = """
-dir-zstd dir-none-64k dir-l2-none dir-inline-toc dir-prefetch-blob dir-repeatable
-dir-sparse-socket dir-hardlink-symlink dir-overlayfs
-""".split()
+NEEDS_ROOT = [
+    "dir-zstd",
+    "dir-none-64k",
+    "dir-l2-none",
+    "dir-inline-toc",
+    "dir-prefetch-blob",
+    "dir-repeatable",
+    "dir-sparse-socket",
+    "dir-hardlink-symlink",
+    "dir-overlayfs",
+]
 
 # The real tool writes an empty second bootstrap beside each one of a directory; nobody
 # reads it, and we leave it out (docs/compatibility.md).
@@ -208,12 +245,28 @@ BETTER = {
     "err-inline-blob-without-type": "an external blob is asked for",
 }
 
-ERRORS = """
-err-badlink err-chunk-3000 err-chunk-32m err-dir-is-tar err-empty-file
-err-feature err-gzip-compressor err-inline-and-bootstrap err-merge-count
-err-merge-mixed-chunk-size err-merge-none err-missing-source err-no-args err-no-blob-dir
-err-no-output err-sparse err-symhard err-tar-is-dir err-trunc err-xattr-bad
-""".split()
+ERRORS = [
+    "err-badlink",
+    "err-chunk-3000",
+    "err-chunk-32m",
+    "err-dir-is-tar",
+    "err-empty-file",
+    "err-feature",
+    "err-gzip-compressor",
+    "err-inline-and-bootstrap",
+    "err-merge-count",
+    "err-merge-mixed-chunk-size",
+    "err-merge-none",
+    "err-missing-source",
+    "err-no-args",
+    "err-no-blob-dir",
+    "err-no-output",
+    "err-sparse",
+    "err-symhard",
+    "err-tar-is-dir",
+    "err-trunc",
+    "err-xattr-bad",
+]
 
 
 @pytest.mark.parametrize("case", ERRORS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import ssl
 import struct
 import threading
 from collections import Counter
@@ -12,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Server
 
@@ -26,6 +27,8 @@ class _Handler(BaseHTTPRequestHandler):
         return "client"
 
     def setup(self):
+        # Head and body are written one after the other.
+        self.disable_nagle_algorithm = self.request.family == socket.AF_INET
         super().setup()
         fake = self.server.fake
         with fake.lock:
@@ -122,6 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _status(self, status):
         self.send_response(status)
+        if status == 429 and self.server.fake.retry_after is not None:
+            self.send_header("Retry-After", self.server.fake.retry_after)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -132,6 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    # A client that finds the queue full tries again after a second.
+    request_queue_size = 128
     fake: BlobServer
 
     def handle_error(self, request, client_address):
@@ -157,7 +164,14 @@ class BlobServer:
     long-length, short-length; `chunked` is no fault. `fault_count` None means always.
     """
 
-    def __init__(self, blobs: dict[str, bytes] | None = None, unix: Path | None = None):
+    handler: type[Handler] = Handler
+
+    def __init__(
+        self,
+        blobs: dict[str, bytes] | None = None,
+        unix: Path | None = None,
+        tls: ssl.SSLContext | None = None,
+    ):
         self.blobs = dict(blobs or {})
         self.lock = threading.Lock()
         self.requests: Counter[str] = Counter()
@@ -169,7 +183,9 @@ class BlobServer:
         self.fault: int | str | None = None
         self.fault_count: int | None = None
         self.released = threading.Event()
+        self.retry_after: str | None = None
         self._unix = unix
+        self._tls = tls
         self._port = 0
         self.start()
 
@@ -177,10 +193,15 @@ class BlobServer:
         """Listen, after `stop` at the same address."""
         if self._unix is not None:
             self._unix.unlink(missing_ok=True)
-            self._server: _Server = _UnixServer(str(self._unix), _Handler)
+            self._server: _Server = _UnixServer(str(self._unix), self.handler)
         else:
-            self._server = _Server(("127.0.0.1", self._port), _Handler)
+            self._server = _Server(("127.0.0.1", self._port), self.handler)
             self._port = self._server.server_address[1]
+        if self._tls is not None:
+            # The handshake belongs to the connection's own thread.
+            self._server.socket = self._tls.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self._server.fake = self
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
@@ -200,7 +221,13 @@ class BlobServer:
 
     @property
     def address(self) -> str:
-        return str(self._unix) if self._unix is not None else f"http://127.0.0.1:{self._port}"
+        if self._unix is not None:
+            return str(self._unix)
+        return f"{'https' if self._tls else 'http'}://{self.host}"
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self._port}"
 
     def find(self, path: str) -> bytes | None:
         return self.blobs.get(path.rsplit("/", 1)[-1])

@@ -15,6 +15,7 @@ from capabilities import need_tool, requires
 from fakes.blob_server import BlobServer
 from serving import Serving, build_image, unmount, wait_until, write_config
 
+import fscache.image
 import fscache.runtime
 from erofs import CorruptStructure, IntegrityError, open_bootstrap
 from fscache.backend import HttpProxyConfig
@@ -95,10 +96,10 @@ def server(image, stack):
 @pytest.fixture
 def serving(tmp_path, stack, monkeypatch):
     """Serving with few and quick repetitions, and failures that are soon forgotten."""
-    options = FetcherOptions(
-        retry=RetryPolicy(attempts=2, first_delay=0.01), negative_ttl=FORGET, sync_interval=0.1
-    )
+    options = FetcherOptions(negative_ttl=FORGET, sync_interval=0.1)
     monkeypatch.setattr(fscache.runtime, "Fetcher", lambda *_: Fetcher(options))
+    retry = RetryPolicy(attempts=2, first_delay=0.01)
+    monkeypatch.setattr(fscache.image, "retry_policy", lambda _: retry)
     return Serving(tmp_path, stack)
 
 

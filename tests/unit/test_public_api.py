@@ -5,13 +5,15 @@ import importlib
 import pytest
 
 PUBLIC = {
-    "erofs": """BadMagic Bootstrap BootstrapSpec Chunk CodecError CorruptStructure Finding FormatError
-        Image Inode IntegrityError Node NydusError OutOfBounds UnsupportedFeature check_blob check_image
-        dump_blob dump_image error_context open_bootstrap open_image write_bootstrap""",
+    "erofs": """BadMagic Bootstrap BootstrapSpec Chunk CodecError CorruptStructure Finding
+        FormatError Image Inode IntegrityError Node NydusError OutOfBounds UnsupportedFeature
+        check_blob check_image dump_blob dump_image error_context open_bootstrap open_image
+        write_bootstrap""",
     "builder": """BuildError BuildOptions BuildResult MergeOptions PrefetchPolicy SourceOptions
         SourceType WhiteoutSpec build merge unpack""",
     "fscache.backend": """AuthError Backend BackendConfig BackendError BackendMetrics BlobReader
-        HttpProxyConfig LocalFsConfig NotFound ShortRead Unavailable check_blob_id open_backend""",
+        Credentials HttpProxyConfig LocalFsConfig MirrorConfig NotFound ProxyConfig RegistryConfig
+        ShortRead Unavailable check_blob_id open_backend""",
     "fscache.config": "ConfigError DaemonConfig load_config parse_config",
     "fscache.daemon": "Daemon LazyUnsupported State StateError",
 }

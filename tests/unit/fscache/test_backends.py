@@ -1,22 +1,26 @@
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fakes.blob_server import BlobServer
+from fakes.registry import AUTH, REPO, RegistryServer, StoreServer
 
 from erofs.errors import NydusError
 from fscache.backend import (
     AuthError,
     BackendError,
+    Credentials,
     HttpProxyConfig,
     LocalFsConfig,
     NotFound,
+    RegistryConfig,
     ShortRead,
     Unavailable,
     check_blob_id,
     open_backend,
 )
-from fscache.backend.retry import RetryPolicy
+from fscache.backend.retry import RetryPolicy, retry_policy
 
 DATA = bytes(range(256)) * 4096  # 1 MiB
 BLOB = "a" * 64
@@ -37,8 +41,24 @@ def http(server):
     backend.close()
 
 
-@pytest.fixture(params=["dir", "alt_dirs", "blob_file", "tcp", "unix"])
+KINDS = ["dir", "alt_dirs", "blob_file", "tcp", "unix", "registry", "redirected"]
+
+
+@pytest.fixture(params=KINDS)
 def backend(request, tmp_path):
+    if request.param in ("registry", "redirected"):
+        with (
+            RegistryServer({BLOB: DATA}, auth="bearer") as server,
+            StoreServer({BLOB: DATA}) as store,
+        ):
+            server.store = store if request.param == "redirected" else None
+            credentials = Credentials.from_base64(AUTH)
+            backend = open_backend(
+                RegistryConfig(server.host, REPO, scheme="http", credentials=credentials)
+            )
+            yield backend
+            backend.close()
+        return
     if request.param in ("tcp", "unix"):
         unix = tmp_path / "s.sock" if request.param == "unix" else None
         with BlobServer({BLOB: DATA}, unix) as server:
@@ -80,7 +100,7 @@ def test_range_behind_the_end_is_an_error(backend):
     assert reader.read_at(0, 10) == DATA[:10]
 
 
-@pytest.mark.parametrize("backend", ["dir", "alt_dirs", "tcp", "unix"], indirect=True)
+@pytest.mark.parametrize("backend", [kind for kind in KINDS if kind != "blob_file"], indirect=True)
 def test_missing_blob(backend):
     reader = backend.open("c" * 64)
     with pytest.raises(FileNotFoundError) as caught:
@@ -242,12 +262,24 @@ def test_http_ignored_range_is_not_read(server, http):
     assert server.bytes_sent[BLOB] == 0
 
 
+def test_http_reasons(tmp_path):
+    reasons = {
+        "http://nowhere.invalid": "nowhere.invalid (name does not resolve)",
+        "http://127.0.0.1:1": "127.0.0.1:1 (Connection refused)",
+        str(tmp_path / "none"): "unix socket (No such file or directory)",
+    }
+    for addr, reason in reasons.items():
+        with pytest.raises(Unavailable) as caught:
+            open_backend(HttpProxyConfig(addr)).open(BLOB).read_at(0, 1)
+        assert caught.value.what == f"no answer from {reason}"
+
+
 def test_http_dead_and_back(server, http):
     reader = http.open(BLOB)
     assert reader.read_at(0, 10) == DATA[:10]
     server.stop()
     for _ in range(2):
-        with pytest.raises(Unavailable) as caught:
+        with pytest.raises(Unavailable, match="Connection re") as caught:
             reader.read_at(0, 10)
         assert caught.value.temporary
     server.start()
@@ -313,6 +345,23 @@ def test_retry_stops_when_told():
     with pytest.raises(Unavailable):
         RetryPolicy(first_delay=60).run(operation, stop)
     assert len(calls) == 1
+
+
+def test_retry_keeps_the_pause_that_the_server_asks_for():
+    calls, operation = failing(1, Unavailable("x", temporary=True, retry_after=0.2))
+    begin = time.monotonic()
+    assert FAST.run(operation, threading.Event()) == "done"
+    assert time.monotonic() - begin >= 0.2
+    calls, operation = failing(9, Unavailable("x", temporary=True, retry_after=3600.0))
+    with pytest.raises(Unavailable):
+        FAST.run(operation, threading.Event())
+    assert len(calls) == 1
+
+
+def test_retry_limit_of_the_configuration():
+    assert retry_policy(LocalFsConfig()).attempts == 4
+    assert retry_policy(HttpProxyConfig("http://x")).attempts == 4
+    assert retry_policy(HttpProxyConfig("http://x", retry_limit=7)).attempts == 8
 
 
 def test_retry_deadline():

@@ -20,7 +20,6 @@ SIZES = [CHUNK_SIZE] * 6 + [100, 5000] + [CHUNK_SIZE] * 8
 ALL = sum(-(-size // 4096) * 4096 for size in SIZES)
 FAST = FetcherOptions(
     workers=8,
-    retry=RetryPolicy(attempts=2, first_delay=0.001),
     negative_ttl=0.0,
     sync_interval=60.0,
 )
@@ -67,7 +66,7 @@ class Rig:
         self.fetcher.attach(self.cached)
 
     def open(self):
-        return CachedBlob.open(
+        cached = CachedBlob.open(
             self.directory,
             self.blob.entry,
             self.blob.chunks,
@@ -75,6 +74,8 @@ class Rig:
             self.metrics,
             self.on_complete,
         )
+        cached.retry = RetryPolicy(attempts=2, first_delay=0.001)
+        return cached
 
     def request(self, offset=0, length=ALL):
         answer = Answer()

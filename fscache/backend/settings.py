@@ -1,0 +1,169 @@
+"""Configurations of the backends as frozen values (tools 4.4); nothing is decoded or opened here.
+
+What may be secret has no place in `repr`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+__all__ = [
+    "BackendConfig",
+    "Credentials",
+    "HttpProxyConfig",
+    "LocalFsConfig",
+    "MirrorConfig",
+    "NetworkConfig",
+    "ProxyConfig",
+    "RegistryConfig",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """A user's name and password."""
+
+    username: str = field(repr=False)
+    password: str = field(repr=False)
+
+    @classmethod
+    def from_base64(cls, text: str) -> Self:
+        """Decode base64 of `user:password`; raise `ValueError` that does not quote it."""
+        try:
+            username, colon, password = (
+                base64.b64decode(text.strip(), validate=True).decode().partition(":")
+            )
+        except (binascii.Error, ValueError):
+            colon = ""
+        if not colon or not username:
+            raise ValueError("expected base64 of user:password")
+        return cls(username, password)
+
+    @property
+    def basic(self) -> str:
+        """Value of an Authorization header."""
+        pair = f"{self.username}:{self.password}".encode()
+        return f"Basic {base64.b64encode(pair).decode()}"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFsConfig:
+    """Backend `localfs` (tools 4.4): one file for every id, or directories of files by id."""
+
+    dir: Path | None = None
+    blob_file: Path | None = None
+    alt_dirs: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyConfig:
+    """An HTTP proxy (tools 4.4.1); times in seconds.
+
+    Args:
+        url: `http://host:port`, possibly with `user:password@`.
+        ping_url: asked for health; empty for no checks.
+        fallback: go direct when the proxy is unhealthy or answers 5xx.
+        check_interval: pause between checks.
+        check_pause_elapsed: idle time after which checks pause.
+        use_http: ask the proxy for https addresses as http.
+    """
+
+    url: str = field(repr=False)
+    ping_url: str = field(default="", repr=False)
+    fallback: bool = True
+    check_interval: float = 5.0
+    check_pause_elapsed: float = 300.0
+    use_http: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorConfig:
+    """A mirror of a backend's host (tools 4.4.2); times in seconds.
+
+    Args:
+        host: `http://host:port`, put in the place of the backend's scheme and host.
+        headers: added to every request to the mirror.
+        ping_url: asked for health; empty for `<host>/v2`.
+        health_check_interval: pause between checks.
+        failure_limit: failures in a row until the mirror is left out.
+        health_check_pause_elapsed: idle time after which checks pause.
+    """
+
+    host: str
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    ping_url: str = field(default="", repr=False)
+    health_check_interval: float = 5.0
+    failure_limit: int = 5
+    health_check_pause_elapsed: float = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkConfig:
+    """What all network backends have; times in seconds.
+
+    Args:
+        timeout: longest wait for the next bytes of an answer.
+        connect_timeout: longest wait for a connection.
+        retry_limit: repetitions of a failed read, 0 for the default of `RetryPolicy`.
+        skip_verify: accept any certificate.
+        ca_cert_files: PEM files of further authorities.
+        transfer_timeout: longest time for one read altogether, so that a server which
+            sends a byte now and then does not hold a reader for ever.
+        proxy: a proxy for every request; not together with mirrors.
+        mirrors: tried in this order before the backend's own host.
+        headers: added to every request (`NYDUS_HEADER_<name>`).
+    """
+
+    timeout: float = 5.0
+    connect_timeout: float = 5.0
+    retry_limit: int = 0
+    skip_verify: bool = False
+    ca_cert_files: tuple[Path, ...] = ()
+    transfer_timeout: float = 45.0
+    proxy: ProxyConfig | None = None
+    mirrors: tuple[MirrorConfig, ...] = ()
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class HttpProxyConfig(NetworkConfig):
+    """Backend `http-proxy` (tools 4.4).
+
+    Args:
+        addr: `http://` or `https://` address, or the absolute path of a unix socket.
+        path: prefix; a blob is `<path>/<blob id>`.
+    """
+
+    addr: str
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryConfig(NetworkConfig):
+    """Backend `registry` (tools 4.4): blobs of one repository.
+
+    Args:
+        host: `host` or `host:port`.
+        repo: the repository.
+        scheme: `https`, `http`, or empty: try https, take http from a host without TLS.
+        credentials: for a Basic challenge or the token service; None for anonymous.
+        registry_token: a bearer token that is used as it is.
+        blob_url_scheme: scheme that replaces the one of redirected addresses.
+        blob_redirected_host: host that replaces the one of redirected addresses.
+    """
+
+    host: str
+    repo: str
+    scheme: str = "https"
+    credentials: Credentials | None = field(default=None, repr=False)
+    registry_token: str = field(default="", repr=False)
+    blob_url_scheme: str = ""
+    blob_redirected_host: str = ""
+
+
+BackendConfig = LocalFsConfig | HttpProxyConfig | RegistryConfig

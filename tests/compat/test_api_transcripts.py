@@ -130,8 +130,8 @@ def same_shape(ours, theirs):
     """Compare shapes; an empty list, an empty table of files, and null stand for any."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         if ours.keys() != theirs.keys():
-            numbered = all(re.fullmatch(r"\d+", key) for key in (*ours, *theirs))
-            return numbered
+            # Tables by inode number.
+            return all(re.fullmatch(r"\d+", key) for key in (*ours, *theirs))
         return all(same_shape(ours[key], theirs[key]) for key in ours)
     if isinstance(ours, list) and isinstance(theirs, list):
         return not ours or not theirs or same_shape(ours[0], theirs[0])

@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shlex
 import shutil
 import socket
 import sys
-import tempfile
 from pathlib import Path
 
 from tests.real.box import Box, BoxError, Program, wait_for
@@ -64,8 +64,10 @@ class Rig:
     ) -> None:
         self._peers = peers
         self.mode = mode
-        # Short, because of the sockets; on a disk, because of the kernel's marks.
-        self.root = Path(tempfile.mkdtemp(prefix="nyr-", dir="/var/tmp"))
+        # Short, because of the sockets; on a disk, because of the kernel's marks. The name is
+        # also containerd's name space, which has no underscores.
+        self.root = Path("/var/tmp", f"nyr-{secrets.token_hex(4)}")
+        self.root.mkdir(mode=0o700)
         self._box: Box | None = None
         try:
             write_settings(self.root, mode, recover_policy, prefetch=prefetch)
@@ -85,7 +87,6 @@ class Rig:
             "TMPDIR": str(self.root / "tmp"),
             "LANG": "C.UTF-8",
             "CONTAINERD_ADDRESS": str(self.root / "containerd.sock"),
-            # Also the name of our cgroups.
             "CONTAINERD_NAMESPACE": self.root.name,
             "CONTAINERD_SNAPSHOTTER": "nydus",
         }

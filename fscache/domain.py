@@ -123,6 +123,11 @@ class CacheDomain:
                 raise
             return link
 
+    def blob(self, reader: BlobReader) -> CachedBlob:
+        """Return the open blob of a reader that was acquired."""
+        with self._lock:
+            return self._shared[reader.blob_id].blob
+
     def _join(self, shared: _Shared, plan: BlobPlan) -> None:
         """Tell an open blob what a further image knows, before that image is mounted."""
         shared.blob.learn(plan.entry, plan.chunks)

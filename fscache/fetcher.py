@@ -55,10 +55,13 @@ class FetcherOptions:
 class _Request:
     """The duty to call `done` exactly once; a `Waiter` of every chunk it lacks."""
 
-    __slots__ = ("_armed", "_done", "_left", "_outstanding", "blob", "expires")
+    __slots__ = ("_armed", "_done", "_left", "_outstanding", "background", "blob", "expires")
 
-    def __init__(self, outstanding: _Outstanding, blob: CachedBlob, done: Done) -> None:
+    def __init__(
+        self, outstanding: _Outstanding, blob: CachedBlob, done: Done, *, background: bool
+    ) -> None:
         self._outstanding = outstanding
+        self.background = background
         self._done: Done | None = done
         self._left = 0
         self._armed = False
@@ -86,7 +89,7 @@ class _Request:
         """Answer, unless that was done."""
         with self._outstanding.lock:
             done, self._done = self._done, None
-            self._outstanding.requests.discard(self)
+            self._outstanding.remove(self)
         if done is not None:
             _call(done, error)
 
@@ -107,6 +110,8 @@ class _Outstanding:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.requests: set[_Request] = set()
+        # How many of them somebody waits for in the kernel.
+        self.waiting = 0
         self.closed = False
 
     def add(self, request: _Request, deadline: float) -> None:
@@ -116,6 +121,13 @@ class _Outstanding:
             if self.closed:
                 raise Unavailable("the daemon stops", blob=request.blob.blob_id)
             self.requests.add(request)
+            self.waiting += not request.background
+
+    def remove(self, request: _Request) -> None:
+        """Forget an answered request; the lock is held."""
+        if request in self.requests:
+            self.requests.remove(request)
+            self.waiting -= not request.background
 
     def close(self) -> None:
         """Refuse further requests."""
@@ -268,9 +280,11 @@ class Fetcher:
             if not self._pool.submit(blob, partial(self._run, blob, group)):
                 self._fail(blob, group, Unavailable("the daemon stops", blob=blob.blob_id))
 
-    def _request(self, blob: CachedBlob, positions: range, done: Done) -> None:
+    def _request(
+        self, blob: CachedBlob, positions: range, done: Done, *, background: bool = False
+    ) -> None:
         try:
-            request = self._prepare(blob, positions, done)
+            request = self._prepare(blob, positions, done, background)
         except NydusError as error:
             _call(done, error)
             return
@@ -278,24 +292,39 @@ class Fetcher:
             _call(done, None)
             return
         mine, waiting = blob.chunks.claim(positions, request)
-        blob.metrics.request(wanted=len(positions), missing=waiting)
+        if not background:
+            blob.metrics.request(wanted=len(positions), missing=waiting)
+        # Keys take turns in the pool, so what nobody waits for holds nobody up for long.
+        key = (blob, "background") if background else blob
         for group in blob.map.groups(mine, self._options.max_merge):
-            if not self._pool.submit(blob, partial(self._run, blob, group)):
+            if not self._pool.submit(key, partial(self._run, blob, group)):
                 self._fail(blob, group, Unavailable("the daemon stops", blob=blob.blob_id))
         request.arm(waiting)
 
-    def _prepare(self, blob: CachedBlob, positions: range, done: Done) -> _Request | None:
+    def _prepare(
+        self, blob: CachedBlob, positions: range, done: Done, background: bool
+    ) -> _Request | None:
         """Return a registered request, or None when everything is ready; raise a refusal."""
         if blob not in self._blobs:
             raise CacheError("blob is not attached", blob=blob.blob_id)
         blob.cache.check()
         if blob.chunks.all_ready(positions):
-            blob.metrics.request(wanted=len(positions), missing=0)
+            if not background:
+                blob.metrics.request(wanted=len(positions), missing=0)
             return None
         self._failures.check(blob, positions)
-        request = _Request(self._outstanding, blob, done)
+        request = _Request(self._outstanding, blob, done, background=background)
         self._outstanding.add(request, self._options.request_deadline)
         return request
+
+    @property
+    def has_readers(self) -> bool:
+        """Whether somebody waits for a chunk right now."""
+        return self._outstanding.waiting > 0
+
+    def prefetch(self, blob: CachedBlob, group: range, done: Done) -> None:
+        """Fetch a run of `BlobMap.groups` behind those who wait, then call `done` once."""
+        self._request(blob, group, done, background=True)
 
     def ensure(self, blob: CachedBlob, offset: int, length: int) -> None:
         """Make a range ready and return; raise the `NydusError` of a failure."""

@@ -19,7 +19,8 @@ from fscache.domain import CacheDomain, LazyUnsupported, prepare_work_dir
 from fscache.fetcher import Fetcher
 from fscache.metrics import CacheMetrics
 from fscache.mount import ErofsMount, MountBusy, MountError, mount_erofs
-from fscache.plan import BlobPlan, read_plans
+from fscache.plan import BlobPlan, read_plan
+from fscache.prefetch import Prefetch
 
 __all__ = ["ImageOptions", "Progress", "ServedImage"]
 
@@ -61,7 +62,7 @@ class ServedImage:
         self.mountpoint = mountpoint
         self.cache_metrics = CacheMetrics(config.work_dir)
         self.mounted_at = 0.0
-        self._plans = read_plans(bootstrap)
+        self._plan = read_plan(bootstrap)
         self._stack = ExitStack()
         self.backend: Backend = open_backend(config.backend)
         self._stack.callback(self.backend.close)
@@ -69,15 +70,16 @@ class ServedImage:
         self._mount: ErofsMount | None = None
         self._needs_daemon = True
 
-    def mount_lazily(self, domain: CacheDomain, options: ImageOptions) -> None:
+    def mount_lazily(self, domain: CacheDomain, fetcher: Fetcher, options: ImageOptions) -> None:
         """Mount it and fetch what is read; raise `NydusError`, then nothing is left open."""
         with ExitStack() as stack:
             stack.callback(self._stack.close)
-            devices = []
-            for plan in self._plans:
+            devices, readers = [], []
+            for plan in self._plan.blobs:
                 reader = self.backend.open(plan.entry.id)
                 devices.append(domain.acquire(plan, reader, self.cache_metrics, self._retry))
                 self._stack.callback(domain.release, reader)
+                readers.append(reader)
             mount = mount_erofs(self.bootstrap, devices, self.mountpoint, directio=options.directio)
             self._mounted(mount)
             stack.pop_all()
@@ -86,13 +88,22 @@ class ServedImage:
             self.unmount()
             self.close()
             raise LazyUnsupported("lazy reading needs /sys/fs/erofs: is sysfs mounted at /sys?")
+        self._prefetch(fetcher, [domain.blob(reader) for reader in readers])
+
+    def _prefetch(self, fetcher: Fetcher, blobs: list[CachedBlob]) -> None:
+        config = self.config.rafs.prefetch
+        if not config.enable:
+            config = self.config.cache.prefetch
+        if config.enable:
+            run = Prefetch(fetcher, blobs, self._plan.listed, config)
+            self._stack.callback(run.stop)
 
     def mount_eagerly(self, fetcher: Fetcher, options: ImageOptions) -> None:
         """Fetch and verify everything, then mount; raise `NydusError`, nothing is left open."""
         with ExitStack() as stack:
             stack.callback(self._stack.close)
             prepare_work_dir(self.config.work_dir)
-            blobs = [self._open_blob(plan, fetcher) for plan in self._plans]
+            blobs = [self._open_blob(plan, fetcher) for plan in self._plan.blobs]
             total = sum(sum(blob.map.uncompressed_sizes) for blob in blobs)
             before = 0
             for blob in blobs:

@@ -58,7 +58,7 @@ class Runtime:
             except NydusError:
                 image.close()
                 raise
-            image.mount_lazily(domain, options)
+            image.mount_lazily(domain, self._fetcher, options)
         with self._lock:
             self._images.append(image)
         return image

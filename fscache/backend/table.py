@@ -35,11 +35,9 @@ WITHOUT_EFFECT = (
     "iostats_files",
     "access_pattern",
     "latest_read_files",
-    # There is no prefetch yet; what belongs to it is not listed one by one.
-    "fs_prefetch.enable",
+    # Prefetch asks for ranges; blob entries are read, but not served yet.
+    "stream_prefetch",
     "prefetch_config.enable",
-    "cache.prefetch.enable",
-    "rafs.prefetch.enable",
     # One image without a writable layer, all of its blobs from one backend.
     "overlay",
     "external_backends",

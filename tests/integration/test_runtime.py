@@ -10,11 +10,13 @@ import time
 
 import pytest
 
-from builder import BuildOptions, MergeOptions, SourceType, build, merge
+from builder import BuildOptions, MergeOptions, PrefetchPolicy, SourceType, build, merge
+from erofs import FormatError
 from fscache.backend import LocalFsConfig
 from fscache.config import DaemonConfig
 from fscache.image import ImageOptions
 from fscache.runtime import Runtime
+from fscache.settings import PrefetchConfig, RafsConfig
 from tests.capabilities import requires
 
 pytestmark = requires("root", "fanotify")
@@ -68,8 +70,8 @@ def runtime():
     assert not closer.is_alive(), "a mount did not end"
 
 
-def mount(runtime, images, bootstrap, place):
-    config = DaemonConfig(LocalFsConfig(dir=images / "blobs"), images / "cache")
+def mount(runtime, images, bootstrap, place, **settings):
+    config = DaemonConfig(LocalFsConfig(dir=images / "blobs"), images / "cache", **settings)
     return runtime.mount(config, images / bootstrap, images / place, ImageOptions())
 
 
@@ -142,10 +144,56 @@ def test_users_of_an_unmounted_image_are_served(runtime, images):
     assert out == FILES["f1"]
 
 
+def wait_for(condition, what):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def test_prefetch_of_everything(runtime, images):
+    config = RafsConfig(prefetch=PrefetchConfig(enable=True, threads=2, prefetch_all=True))
+    image = mount(runtime, images, "all", "a", rafs=config)
+    metrics = image.cache_metrics
+    wait_for(lambda: metrics.as_dict()["data_all_ready"], "prefetch did not end")
+    before = requests(image)
+    for name, data in FILES.items():
+        assert read(images / "a" / name) == data
+    assert requests(image) == before
+    assert metrics.as_dict()["prefetch_data_amount"] > 0
+
+
+def test_prefetch_of_the_listed_files(runtime, images):
+    merge(
+        [images / "low.boot"],
+        MergeOptions(
+            bootstrap=images / "listed",
+            prefetch_policy=PrefetchPolicy.FS,
+            prefetch_patterns=[b"/f4", b"/f2"],
+        ),
+    )
+    config = RafsConfig(prefetch=PrefetchConfig(enable=True, threads=1, prefetch_all=False))
+    image = mount(runtime, images, "listed", "a", rafs=config)
+    wait_for(lambda: image.cache_metrics.chunks_fetched == 2, "prefetch did not end")
+    before = requests(image)
+    for name in ("f4", "f2"):
+        assert read(images / "a" / name) == FILES[name]
+    assert requests(image) == before == 2
+    assert read(images / "a" / "f0") == FILES["f0"]
+    assert requests(image) == 3
+
+
+def test_unmount_ends_a_slow_prefetch(runtime, images):
+    config = RafsConfig(prefetch=PrefetchConfig(enable=True, bandwidth_limit=1, prefetch_all=True))
+    image = mount(runtime, images, "all", "a", rafs=config)
+    assert read(images / "a" / "f5") == FILES["f5"]
+    started = time.monotonic()
+    runtime.unmount(image)
+    assert time.monotonic() - started < 10
+
+
 def test_mount_that_fails_leaves_nothing(runtime, images):
     (images / "bad").write_bytes(b"nothing")
-    from erofs import FormatError
-
     with pytest.raises(FormatError):
         mount(runtime, images, "bad", "a")
     good = mount(runtime, images, "all", "a")

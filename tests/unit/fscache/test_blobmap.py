@@ -182,3 +182,19 @@ def test_bad_chunks(blob, kind, change):
         BlobMap(blob.entry, chunks)
     assert type(caught.value) is kind
     assert caught.value.where["blob"] == blob.id
+
+
+def test_what_follows_in_the_same_file(blob):
+    offsets = [0, CHUNK_SIZE, 2 * CHUNK_SIZE, 0, CHUNK_SIZE]
+    chunks = [
+        chunk._replace(file_offset=offset)
+        for chunk, offset in zip(blob.chunks, offsets, strict=True)
+    ]
+    sizes = [chunk.uncompressed_size for chunk in chunks]
+    table = BlobMap(blob.entry, chunks)
+    assert table.following(0, 0) == range(1, 1)
+    assert table.following(0, 1) == range(1, 2)
+    expected = 3 if sizes[:2] == [CHUNK_SIZE] * 2 else 2
+    assert table.following(0, 9) == range(1, expected)
+    assert table.following(2, 9) == range(3, 3)
+    assert table.following(4, 9) == range(5, 5)

@@ -13,7 +13,7 @@ from fscache.backend import LocalFsConfig
 from fscache.config import DaemonConfig
 from fscache.daemon import Daemon, State, StateError
 from fscache.mount import MountError
-from fscache.plan import PlanError, read_plans
+from fscache.plan import PlanError, read_plan
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def make(tmp_path, bootstrap, mountpoint=None):
 
 
 def test_plans_hold_every_chunk(image):
-    (plan,) = read_plans(image)
+    (plan,) = read_plan(image).blobs
     with open_bootstrap(image) as bootstrap:
         assert plan.entry == bootstrap.blobs[0]
         assert tuple(plan.chunks) == bootstrap.chunk_infos
@@ -46,7 +46,7 @@ def test_device_table_that_contradicts_the_blob_table(image, offset, text):
     data[offset] ^= 1
     image.write_bytes(data)
     with pytest.raises(CorruptStructure, match=text) as caught:
-        read_plans(image)
+        read_plan(image)
     assert caught.value.where["path"] == image
 
 

@@ -1,6 +1,8 @@
 """Fixtures of the tests with real clients."""
 
 import contextlib
+import hashlib
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 
 from tests.capabilities import CI, need_tool
 from tests.real.images import make_image
-from tests.real.peers import PeersError, build_peers
+from tests.real.peers import PeersError, build_peers, peers_directory
 from tests.real.rig import Rig
 from tests.real.rootfs import make_layers
 
@@ -55,6 +57,34 @@ def image(work, layers):
 def other_image(work, layers):
     """Another image on the same base layer: it has the same blob."""
     return _image(work, "other:n", layers.tars[:1])
+
+
+@pytest.fixture(scope="session")
+def debian_tar():
+    """The root filesystem that `make demo` keeps."""
+    cache = peers_directory().parent
+    found = sorted(cache.glob("debian-*.tar"))
+    if not found:
+        pytest.skip(f"no debian-*.tar in {cache}, make demo makes it")
+    return found[0]
+
+
+@pytest.fixture(scope="session")
+def debian_sums(debian_tar):
+    """SHA-256 of all regular files with plain names, by absolute path."""
+    with tarfile.open(debian_tar) as tar:
+        return {
+            f"/{member.name.removeprefix('./')}": hashlib.sha256(
+                tar.extractfile(member).read()
+            ).hexdigest()
+            for member in tar
+            if member.isreg() and "\\" not in member.name and "\n" not in member.name
+        }
+
+
+@pytest.fixture(scope="session")
+def debian(peers, work, debian_tar):
+    return _image(work, "debian:n", [debian_tar])
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-__all__ = ["PROGRAMS", "PeersError", "build_peers"]
+__all__ = ["PROGRAMS", "PeersError", "build_peers", "peers_directory"]
 
 MODULE = Path(__file__).resolve().parents[1] / "peers"
 # Modules are loaded the first time, and containerd is large.
@@ -36,13 +36,18 @@ class PeersError(Exception):
     """Why there are no clients."""
 
 
-def _cache() -> Path:
+def peers_directory() -> Path:
+    """Return where the programs of all versions are kept."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     top = Path(base) if base.startswith("/") else Path.home() / ".cache"
+    return top / "nydus-erofs" / "peers"
+
+
+def _final() -> Path:
     sums = hashlib.sha256(" ".join((*_BUILD, *_PACKAGES)).encode())
     for name in ("go.mod", "go.sum"):
         sums.update((MODULE / name).read_bytes())
-    return top / "nydus-erofs" / "peers" / sums.hexdigest()[:32]
+    return peers_directory() / sums.hexdigest()[:32]
 
 
 def _build(target: Path) -> None:
@@ -72,7 +77,7 @@ def build_peers() -> Path:
     Raises:
         PeersError: there is no Go, or it could not build them (too old, no module proxy).
     """
-    final = _cache()
+    final = _final()
     if final.is_dir():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)

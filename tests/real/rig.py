@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.real.box import Box, BoxError, Program, wait_for
 from tests.real.images import Image
-from tests.real.settings import REGISTRY, write_settings
+from tests.real.settings import METRICS, REGISTRY, write_settings
 
 __all__ = ["Rig"]
 
@@ -158,6 +158,14 @@ class Rig:
         """Return the ends of all logs."""
         programs = (self.registry, self.containerd, self.snapshotter)
         return "\n".join(f"--- {program.name}:\n{program.log_end(20000)}" for program in programs)
+
+    def prometheus(self) -> str:
+        """Return what the snapshotter publishes about its daemons."""
+        code = (
+            "import urllib.request as request;"
+            f"print(request.urlopen('http://{METRICS}/v1/metrics').read().decode())"
+        )
+        return self.box.run(sys.executable, "-I", "-c", code)
 
     def fetched(self, image: Image) -> int:
         """Return how many bytes of the image's blobs the registry has sent."""

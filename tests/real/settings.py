@@ -10,9 +10,10 @@ import json
 import platform
 from pathlib import Path
 
-__all__ = ["REGISTRY", "template_text", "write_settings"]
+__all__ = ["METRICS", "REGISTRY", "architecture", "template_text", "write_settings"]
 
 REGISTRY = "localhost:5000"
+METRICS = "127.0.0.1:9110"
 
 _REGISTRY = """\
 version: 0.1
@@ -68,7 +69,7 @@ enable = false
 log_to_stdout = true
 level = "debug"
 [metrics]
-address = "127.0.0.1:9110"
+address = "{metrics}"
 collect_interval = "1s"
 hung_io_interval = "1s"
 [snapshot]
@@ -112,7 +113,7 @@ def architecture() -> str:
 def write_settings(root: Path, mode: str, recover_policy: str, *, prefetch: bool) -> None:
     """Write all files that the programs are started with."""
     words = {
-        "root": root, "mode": mode, "recover_policy": recover_policy,
+        "root": root, "metrics": METRICS, "mode": mode, "recover_policy": recover_policy,
         "architecture": architecture(),
     }  # fmt: skip
     texts = {"registry.yml": _REGISTRY, "containerd.toml": _CONTAINERD, "sn.toml": _SNAPSHOTTER}

@@ -122,6 +122,18 @@ def test_removal_leaves_nothing(rig, image):
     assert not list((rig.root / "sn/socket").glob("*/api.sock"))
 
 
+def test_the_snapshotter_takes_our_counters(rig, image):
+    reference = rig.push(image)
+    rig.pull(reference)
+    rig.ctr("run", "-d", "--null-io", reference, "sleeper", "sleep", "1000")
+    label = f'{{image_ref="{reference}"}}'
+    # One series of each of the three answers that it polls for.
+    series = (f"nydusd_cache_whole_hits{label}", f"nydusd_total_read_bytes{label}")
+    wait_for("counters", SECONDS, lambda: all(name in rig.prometheus() for name in series))
+    assert "nydusd_hung_io_counts 0\n" in rig.prometheus()
+    assert not [line for line in rig.snapshotter.log_end().splitlines() if "get metric" in line]
+
+
 def test_an_image_comes_back_after_removal(rig, image, layers):
     reference = rig.push(image)
     for _ in range(2):
@@ -149,3 +161,16 @@ def test_a_missing_blob_is_an_error_for_a_while(rig, image, layers):
 
     # nydusd may remember a failure, so that not every reader asks a broken backend again.
     wait_for("right data", SECONDS, is_read)
+
+
+def test_debian_with_prefetching(make_rig, mode, debian, debian_sums):
+    rig = make_rig(mode, "restart", prefetch=True)
+    reference = rig.push(debian)
+    rig.pull(reference)
+    program = "import http.client, json, ssl; print(json.dumps([1]))"
+    assert rig.ctr("run", "--rm", reference, "python", "python3", "-c", program) == "[1]\n"
+    # The list of paths is longer than an argument may be.
+    script = "find / -xdev -type f ! -path '/run/*' ! -path '/proc/*' -print0 | xargs -0 sha256sum"
+    lines = run(rig, reference, script).splitlines()
+    sums = dict(line.split("  ", 1)[::-1] for line in lines)
+    assert {path: sums.get(path) for path in debian_sums} == debian_sums

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from erofs.console import LOG_LEVELS, CommandParser, ProgressLine, package_version, set_up_logging
 from erofs.errors import NydusError
@@ -87,7 +88,7 @@ def _parser() -> CommandParser:
 
 
 def _add_erofs(parser: CommandParser) -> None:
-    parser.set_defaults(parser=parser, options=_erofs_options)
+    parser.set_defaults(parser=parser, check=_check_erofs, options=_erofs_options)
     parser.add_argument(
         "-B", "--bootstrap", type=Path, required=True, metavar="<bootstrap>",
         help="File path of RAFS filesystem metadata",
@@ -112,7 +113,7 @@ _WITHOUT_EFFECT = {
 
 
 def _add_fuse(parser: CommandParser) -> None:
-    parser.set_defaults(parser=parser, options=_fuse_options)
+    parser.set_defaults(parser=parser, check=_check_fuse, options=_fuse_options)
     parser.add_argument(
         "-B", "--bootstrap", type=Path, metavar="<bootstrap>",
         help="File path of RAFS filesystem metadata, to be mounted at the mount point itself",
@@ -129,11 +130,30 @@ def _add_fuse(parser: CommandParser) -> None:
         )
 
 
-def _config(arguments: argparse.Namespace) -> DaemonConfig | None:
+def _conflict(parser: CommandParser, one: str, other: str) -> NoReturn:
+    parser.error(f"the argument '--{one} <{one}>' cannot be used with '--{other} <{other}>'")
+
+
+def _missing(parser: CommandParser, what: str) -> NoReturn:
+    parser.error(f"the following required arguments were not provided:\n  {what}")
+
+
+def _check_erofs(arguments: argparse.Namespace) -> None:
+    """Refuse words that do not go together, with status 2, before anything is done."""
+    parser: CommandParser = arguments.parser
     if arguments.config is not None and arguments.localfs_dir is not None:
-        arguments.parser.error(
-            "the argument '--config <config>' cannot be used with '--localfs-dir <localfs-dir>'"
-        )
+        _conflict(parser, "config", "localfs-dir")
+    if arguments.bootstrap is not None and not (arguments.config or arguments.localfs_dir):
+        _missing(parser, "--config <config> or --localfs-dir <localfs-dir>")
+
+
+def _check_fuse(arguments: argparse.Namespace) -> None:
+    _check_erofs(arguments)
+    if arguments.bootstrap is not None and arguments.shared_dir is not None:
+        _conflict(arguments.parser, "bootstrap", "shared-dir")
+
+
+def _config(arguments: argparse.Namespace) -> DaemonConfig | None:
     if arguments.localfs_dir is not None:
         directory = arguments.localfs_dir
         if not directory.is_dir():
@@ -146,11 +166,6 @@ def _config(arguments: argparse.Namespace) -> DaemonConfig | None:
 
 
 def _erofs_options(arguments: argparse.Namespace) -> NodeOptions:
-    if arguments.config is None and arguments.localfs_dir is None:
-        arguments.parser.error(
-            "the following required arguments were not provided:\n"
-            "  --config <config> or --localfs-dir <localfs-dir>"
-        )
     config = _config(arguments)
     return NodeOptions(
         arguments.mountpoint,
@@ -163,17 +178,7 @@ def _erofs_options(arguments: argparse.Namespace) -> NodeOptions:
 
 
 def _fuse_options(arguments: argparse.Namespace) -> NodeOptions:
-    parser: CommandParser = arguments.parser
-    if arguments.bootstrap is not None and arguments.shared_dir is not None:
-        parser.error(
-            "the argument '--bootstrap <bootstrap>' cannot be used with '--shared-dir <shared-dir>'"
-        )
     config = _config(arguments)
-    if arguments.bootstrap is not None and config is None:
-        parser.error(
-            "the following required arguments were not provided:\n"
-            "  --config <config> or --localfs-dir <localfs-dir>"
-        )
     for name, reason in _WITHOUT_EFFECT.items():
         if getattr(arguments, "ignored" + name) is not None:
             logger.info("%s has no effect: %s", name, reason)
@@ -234,7 +239,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _with_command(words: list[str]) -> list[str]:
     """Put the sub-command first: without one the program is `fuse`, as the original."""
-    if not words or words[0] in (*_COMMANDS, "-h", "--help", "-V", "--version"):
+    if not words or words[0] in ("-h", "--help", "-V", "--version") or not words[0].startswith("-"):
         return words
     for command in _COMMANDS:
         if command in words:
@@ -253,6 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.command is None:
         parser.error(f"a command is required: {', '.join(_COMMANDS)}")
+    arguments.check(arguments)
     try:
         set_up_logging(arguments.log_level, arguments.log_file)
         _set_open_files(arguments.rlimit_nofile)

@@ -87,9 +87,12 @@ OK = ("erofs", "-B", "boot", "-M", "mnt", "-C", "config.json")
     [
         ((), "a command is required"),
         (("bogus",), "invalid choice: 'bogus'"),
-        (("erofs",), "required: -B/--bootstrap, -M/--mountpoint"),
-        (("erofs", "-B", "boot", "-M", "mnt"), "-C/--config -D/--localfs-dir is required"),
-        ((*OK, "-D", "blobs"), "not allowed with"),
+        (("erofs",), "required: -M/--mountpoint, -B/--bootstrap"),
+        (("-B", "boot"), "required: -M/--mountpoint"),
+        (("erofs", "-B", "boot", "-M", "mnt"), "--config <config> or --localfs-dir"),
+        (("fuse", "-B", "boot", "-M", "mnt"), "--config <config> or --localfs-dir"),
+        (("-B", "boot", "-M", "mnt", "-s", ".", "-D", "."), "cannot be used with '--shared-dir"),
+        ((*OK, "-D", "blobs"), "cannot be used with '--localfs-dir"),
         ((*OK, "extra"), "unrecognized arguments: extra"),
         ((*OK, "--eage"), "unrecognized arguments: --eage"),
         ((*OK, "-l", "loud"), "invalid choice: 'loud'"),
@@ -285,7 +288,7 @@ def test_api(user):
     assert status == 200
     assert info["state"] == "RUNNING"
     assert set(info["version"]) == {"package_ver", "git_commit", "build_time", "profile", "rustc"}
-    assert info["backend_collection"]["/"]["mountpoint"] == "mnt"
+    assert info["backend_collection"]["/"]["mountpoint"] == "/"
     assert user.api("GET", "/api/v1/metrics/blobcache")[1]["entries_count"] == 0
     assert user.serving.read(user.top / "file") == CONTENT
     status, cache = user.api("GET", "/api/v1/metrics/blobcache")

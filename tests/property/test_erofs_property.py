@@ -30,7 +30,7 @@ def _names(draw):
 
 
 _XATTR_NAMES = st.sampled_from(
-    [b"user.a", b"user.", b"trusted.overlay.opaque", b"security.capability",
+    [b"user.a", b"user.b", b"trusted.overlay.opaque", b"security.capability",
      b"system.posix_acl_access", b"system.posix_acl_default", b"user." + b"n" * 255]
 )  # fmt: skip
 _XATTRS = st.dictionaries(

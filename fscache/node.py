@@ -72,7 +72,12 @@ class Entry:
 
 
 class NodeDaemon(Lifecycle):
-    """Serves the images of a node; see `Lifecycle` for states."""
+    """Serves the images of a node; see `Lifecycle` for states.
+
+    This process must not read or execute anything of its own mounts: a page fault or a
+    `vfork` that waits for itself with the interpreter's lock held waits for ever. Other
+    processes may, also ones that this process started by way of a program elsewhere.
+    """
 
     def __init__(self, options: NodeOptions) -> None:
         super().__init__()

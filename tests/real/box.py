@@ -94,6 +94,7 @@ class Box:
     def __init__(self, root: Path, env: dict[str, str]) -> None:
         self._root = root
         self._env = env
+        self._started: list[subprocess.Popen[bytes]] = []
         self._first = subprocess.Popen(
             ["unshare", *_SPACES, "--fork", "--kill-child", "--mount-proc",
              sys.executable, "-I", str(_INIT)],
@@ -118,6 +119,7 @@ class Box:
                 self._inside(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 env=self._env,
             )  # fmt: skip
+        self._started.append(process)
         return Program(name, process, log)
 
     def run(self, *command: object, seconds: float = 60.0) -> str:
@@ -154,6 +156,7 @@ class Box:
         self._first.stdin.close()
         self._first.stdout.close()
         try:
-            self._first.wait(END_SECONDS)
+            for process in (self._first, *self._started):
+                process.wait(END_SECONDS)
         except subprocess.TimeoutExpired as error:
             raise BoxError("processes in the box do not end") from error

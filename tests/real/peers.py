@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-__all__ = ["PROGRAMS", "PeersError", "build_peers", "peers_directory"]
+__all__ = ["PeersError", "build_peers", "peers_directory"]
 
 MODULE = Path(__file__).resolve().parents[1] / "peers"
 # Modules are loaded the first time, and containerd is large.
@@ -26,7 +26,6 @@ _PACKAGES = (
     f"{_CONTAINERD}/ctr",
     f"{_SNAPSHOTTER}/containerd-nydus-grpc",
 )
-PROGRAMS = tuple(package.rpartition("/")[2] for package in _PACKAGES)
 _BUILD = (
     "build", "-trimpath", "-ldflags=-s -w", "-tags=no_cri,no_btrfs,no_devmapper,no_zfs",
 )  # fmt: skip
@@ -72,7 +71,7 @@ def _build(target: Path) -> None:
 
 
 def build_peers() -> Path:
-    """Return the directory with `PROGRAMS`, which is made once for each go.sum.
+    """Return the directory with the programs, which is made once for each go.sum.
 
     Raises:
         PeersError: there is no Go, or it could not build them (too old, no module proxy).

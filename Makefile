@@ -56,7 +56,7 @@ bench: install ## measure against floors, and peers named by NYDUS_IMAGE_PEER an
 
 .PHONY: fuzz
 fuzz: install ## fuzz every reader with atheris, FUZZ_SECONDS (60) each
-	@$(BIN)/pip install --quiet --constraint constraints.txt '.[fuzz]' && \
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]' && \
 	for target in tests/fuzz/fuzz_*.py; do \
 		echo "== $$target"; \
 		$(BIN)/python $$target -max_total_time=$(or $(FUZZ_SECONDS),60) || exit 1; \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import platform
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 __all__ = [
+    "GIT_COMMIT",
     "LOG_LEVELS",
     "CommandParser",
     "ProgressLine",
     "package_version",
+    "print_version",
     "set_up_logging",
 ]
 
@@ -25,6 +28,8 @@ LOG_LEVELS = {
     "warn": logging.WARNING,
     "error": logging.ERROR,
 }
+# The package does not know the commit that it was made of; the API says the same word.
+GIT_COMMIT = "unknown"
 _NAMES = {"WARNING": "WARN"}
 _PROGRESS_SECONDS = 0.2
 
@@ -35,6 +40,19 @@ def package_version() -> str:
         return version("nydus-erofs")
     except PackageNotFoundError:
         return "unknown"
+
+
+def print_version(program: str) -> None:
+    """Print what callers parse: a label, a tab and the value in each line (spec tools 2.1).
+
+    nydus-snapshotter looks for the line of the commit.
+    """
+    print(f"{program} Version: \t{package_version()}")
+    print(f"Git Commit: \t{GIT_COMMIT}")
+    print("Build Time: \tunknown")
+    print("Profile: \trelease")
+    print(f"Python: \t{platform.python_version()}")
+    print()
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from erofs.console import LOG_LEVELS, CommandParser, ProgressLine, package_version, set_up_logging
+from erofs.console import LOG_LEVELS, CommandParser, ProgressLine, print_version, set_up_logging
 from erofs.errors import NydusError
 from fscache.api import ApiServer
 from fscache.backend import LocalFsConfig
@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(_with_command(list(sys.argv[1:] if argv is None else argv)))
     if arguments.version:
-        print(f"nydusd Version: \t{package_version()}")
+        print_version("nydusd")
         return 0
     if arguments.command is None:
         parser.error(f"a command is required: {', '.join(_COMMANDS)}")

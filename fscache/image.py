@@ -60,7 +60,11 @@ class ServedImage:
         self.config = config
         self.bootstrap = bootstrap
         self.mountpoint = mountpoint
-        self.cache_metrics = CacheMetrics(config.work_dir)
+        prefetch = config.rafs.prefetch if config.rafs.prefetch.enable else config.cache.prefetch
+        self._prefetch_config = prefetch
+        self.cache_metrics = CacheMetrics(
+            config.work_dir, prefetch.threads if prefetch.enable else 0
+        )
         self.mounted_at = 0.0
         self._plan = read_plan(bootstrap)
         self._stack = ExitStack()
@@ -91,11 +95,8 @@ class ServedImage:
         self._prefetch(fetcher, [domain.blob(reader) for reader in readers])
 
     def _prefetch(self, fetcher: Fetcher, blobs: list[CachedBlob]) -> None:
-        config = self.config.rafs.prefetch
-        if not config.enable:
-            config = self.config.cache.prefetch
-        if config.enable:
-            run = Prefetch(fetcher, blobs, self._plan.listed, config)
+        if self._prefetch_config.enable:
+            run = Prefetch(fetcher, blobs, self._plan.listed, self._prefetch_config)
             self._stack.callback(run.stop)
 
     def mount_eagerly(self, fetcher: Fetcher, options: ImageOptions) -> None:

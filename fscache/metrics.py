@@ -4,9 +4,59 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 
-__all__ = ["CacheMetrics"]
+__all__ = ["CacheMetrics", "ReadMetrics"]
+
+# Lower ends of the classes of request sizes, upper ends of those of latencies (tools 8.1).
+_SIZE_CLASSES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20)
+_LATENCY_SECONDS = (0.0002, 0.001, 0.02, 0.05, 0.5, 1.0, 2.0)
+_OPERATIONS = 15
+_READ = 4
+
+
+class ReadMetrics:
+    """Counters of the reads that the kernel asked for, in nydusd's shape (tools 8.1).
+
+    Only what reaches the daemon is counted: the kernel answers look-ups and cached reads
+    itself.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bytes = self._errors = self._micros = 0
+        self._sizes = [0] * 8
+        self._latencies = [0] * 8
+
+    def count(self, length: int, seconds: float, *, failed: bool) -> None:
+        """Count one answered request."""
+        with self._lock:
+            self._sizes[bisect_right(_SIZE_CLASSES, length)] += 1
+            self._latencies[bisect_left(_LATENCY_SECONDS, seconds)] += 1
+            self._micros += int(seconds * 1_000_000)
+            if failed:
+                self._errors += 1
+            else:
+                self._bytes += length
+
+    def as_dict(self) -> dict[str, object]:
+        """Return a consistent copy under the names of the API."""
+        with self._lock:
+            return {
+                "nr_opens": 0,
+                "data_read": self._bytes,
+                "block_count_read": list(self._sizes),
+                "fop_hits": _of_reads(sum(self._sizes)),
+                "fop_errors": _of_reads(self._errors),
+                "fop_cumulative_latency_total": _of_reads(self._micros),
+                "read_latency_dist": list(self._latencies),
+            }
+
+
+def _of_reads(value: int) -> list[int]:
+    """Return a list by operation that holds something for reads alone."""
+    return [value if operation == _READ else 0 for operation in range(_OPERATIONS)]
 
 
 class CacheMetrics:
@@ -33,6 +83,7 @@ class CacheMetrics:
         self._prefetch_begin = self._prefetch_end = (0, 0)
         self.chunks_fetched = 0
         self.digest_failures = 0
+        self.reads = ReadMetrics()
 
     def add_file(self, name: str, ready_chunks: int) -> None:
         """Count a data file that is in use from now on, with what it already holds."""

@@ -15,7 +15,7 @@ from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
-from erofs.console import LOG_LEVELS, package_version
+from erofs.console import GIT_COMMIT, LOG_LEVELS, package_version
 from erofs.errors import NydusError
 from erofs.reader import open_bootstrap
 from fscache.config import DaemonConfig, parse_config
@@ -27,16 +27,6 @@ from fscache.node import Entry, NodeDaemon
 __all__ = ["Answer", "Request", "answer"]
 
 _EVENTS = {"max_errors": 500, "total_errors": 0, "max_size": 51200, "total_size": 0, "errors": []}
-# The kernel answers look-ups and cached reads itself, so these stay 0 (docs/nydusd.md).
-_KERNEL_COUNTERS: dict[str, object] = {
-    "nr_opens": 0,
-    "data_read": 0,
-    "block_count_read": [0] * 8,
-    "fop_hits": [0] * 15,
-    "fop_errors": [0] * 15,
-    "fop_cumulative_latency_total": [0] * 15,
-    "read_latency_dist": [0] * 8,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +96,7 @@ def _text(values: Mapping[str, object], key: str, default: str | None = None) ->
 def _version() -> dict[str, str]:
     return {
         "package_ver": package_version(),
-        "git_commit": "unknown",
+        "git_commit": GIT_COMMIT,
         "build_time": "unknown",
         "profile": "release",
         "rustc": f"python {platform.python_version()}",
@@ -254,7 +244,7 @@ def _counted(daemon: NodeDaemon, request: Request, what: str) -> tuple[str, Serv
 
 
 def _metrics(daemon: NodeDaemon, request: Request) -> Answer:
-    path, _ = _counted(daemon, request, "GlobalMetrics")
+    path, image = _counted(daemon, request, "GlobalMetrics")
     flags = dict.fromkeys(
         (
             "files_account_enabled",
@@ -263,7 +253,10 @@ def _metrics(daemon: NodeDaemon, request: Request) -> Answer:
         ),
         False,
     )
-    return Answer(HTTPStatus.OK, {**flags, "measure_latency": True, "id": path, **_KERNEL_COUNTERS})
+    return Answer(
+        HTTPStatus.OK,
+        {**flags, "measure_latency": True, "id": path, **image.cache_metrics.reads.as_dict()},
+    )
 
 
 def _file_metrics(daemon: NodeDaemon, request: Request) -> Answer:

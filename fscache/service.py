@@ -48,10 +48,14 @@ class Service:
             self._tell("denied a read of a file that is not of a served image", request.inode)
             reply.deny("not a file of a served image")
             return
-        self._fetcher.request(blob, request.offset, request.length, self._answer(reply))
+        self._fetcher.request(blob, request.offset, request.length, self._answer(blob, reply))
 
-    def _answer(self, reply: Reply) -> Callable[[NydusError | None], None]:
+    def _answer(self, blob: CachedBlob, reply: Reply) -> Callable[[NydusError | None], None]:
+        begin = time.monotonic()
+
         def done(error: NydusError | None) -> None:
+            seconds = time.monotonic() - begin
+            blob.metrics.reads.count(reply.request.length, seconds, failed=error is not None)
             if error is None:
                 reply.allow()
             else:

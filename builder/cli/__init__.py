@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from builder.cli import check, create, inspect, merge, unpack
-from builder.cli.common import print_version
-from erofs.console import LOG_LEVELS, CommandParser, set_up_logging
+from erofs.console import LOG_LEVELS, CommandParser, print_version, set_up_logging
 from erofs.errors import NydusError
 
 __all__ = ["main"]
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.version:
-        print_version()
+        print_version("")
         return 0
     if arguments.command is None:
         print("Usage: nydus-image [OPTIONS] [COMMAND]")

@@ -4,33 +4,21 @@ from __future__ import annotations
 
 import argparse
 import io
-import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from builder.errors import BuildError
-from erofs.console import CommandParser, ProgressLine, package_version
+from erofs.console import CommandParser, ProgressLine
 
 __all__ = [
     "Progress",
     "add_bootstrap_arguments",
     "bootstrap_path",
     "number",
-    "print_version",
     "read_patterns",
     "write_utf8",
 ]
-
-
-def print_version() -> None:
-    """Print what callers parse: the version behind ` Version:` and a tab."""
-    print(f" Version: \t{package_version()}")
-    print("Git Commit: \tunknown")
-    print("Build Time: \tunknown")
-    print("Profile: \trelease")
-    print(f"Python: \t{platform.python_version()}")
-    print()
 
 
 def number(text: str) -> int:

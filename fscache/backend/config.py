@@ -57,6 +57,9 @@ def backend_config(
         raise place.error(key, f"backend '{kind}' is not supported in this version")
     else:
         raise place.error(key, f"unknown backend '{kind}'")
+    # Old keys without effect in the original, too; nydus-snapshotter still writes one.
+    table.get("readahead", bool, False)
+    table.get("readahead_sec", int, 0)
     table.finish()
     return config
 
@@ -75,8 +78,6 @@ def _localfs(table: ConfigTable) -> LocalFsConfig:
     )
     if config.dir is None and config.blob_file is None:
         raise table.error("dir", "missing, and there is no blob_file")
-    table.get("readahead", bool, False)
-    table.get("readahead_sec", int, 0)
     return config
 
 

@@ -41,9 +41,6 @@ WITHOUT_EFFECT = (
     # One image without a writable layer, all of its blobs from one backend.
     "overlay",
     "external_backends",
-    # Old keys of localfs, ignored by nydusd, too.
-    "readahead",
-    "readahead_sec",
     # A plain HTTP proxy is used, Dragonfly's own protocol is not.
     "dragonfly_scheduler_endpoint",
 )

@@ -183,6 +183,16 @@ def test_prefetch_of_the_listed_files(runtime, images):
     assert requests(image) == 3
 
 
+def test_reads_are_counted(runtime, images):
+    image = mount(runtime, images, "all", "a")
+    assert read(images / "a" / "f1") == FILES["f1"]
+    counted = image.cache_metrics.reads.as_dict()
+    assert counted["data_read"] >= len(FILES["f1"])
+    assert counted["fop_hits"][4] == sum(counted["block_count_read"]) > 0
+    assert sum(counted["read_latency_dist"]) == counted["fop_hits"][4]
+    assert not any(counted["fop_errors"])
+
+
 def test_unmount_ends_a_slow_prefetch(runtime, images):
     config = RafsConfig(prefetch=PrefetchConfig(enable=True, bandwidth_limit=1, prefetch_all=True))
     image = mount(runtime, images, "all", "a", rafs=config)

@@ -295,8 +295,6 @@ work_dir = "/o"
 enable = true
 """
     )
-    localfs = {"dir": "/a", "readahead": True, "readahead_sec": 3}
-    parse_config(changed("device.backend.config", localfs))
     parse_blob_entry(changed_entry(prefetch_config={"enable": True}))
     warned = {
         record.getMessage().split()[1]

@@ -7,7 +7,6 @@ import logging
 import platform
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +35,9 @@ _PROGRESS_SECONDS = 0.2
 
 def package_version() -> str:
     """Return the version of the installed package, or "unknown" when it only lies in a folder."""
+    # Imported here: it takes 20 ms, and most runs do not ask.
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version("nydus-erofs")
     except PackageNotFoundError:

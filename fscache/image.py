@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fscache.backend import Backend, BlobReader, open_backend
+from fscache.backend.base import TakesCredentials
 from fscache.backend.retry import retry_policy
+from fscache.backend.settings import Credentials
 from fscache.cachedblob import CachedBlob
 from fscache.channel.eager import mount_complete
 from fscache.config import DaemonConfig
@@ -134,6 +136,11 @@ class ServedImage:
     def _mounted(self, mount: ErofsMount) -> None:
         self._mount = mount
         self.mounted_at = time.time()
+
+    def set_credentials(self, credentials: Credentials) -> None:
+        """Use other credentials from now on, where the backend has any."""
+        if isinstance(self.backend, TakesCredentials):
+            self.backend.set_credentials(credentials)
 
     def unmount(self) -> None:
         """Take the mount out of the tree; its users, if there are any, go on (see `is_gone`)."""

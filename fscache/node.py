@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from erofs.errors import NydusError
+from fscache.backend.settings import Credentials
 from fscache.config import DaemonConfig
 from fscache.image import ImageOptions, Progress, ServedImage
 from fscache.lifecycle import Lifecycle, State
@@ -86,6 +87,7 @@ class NodeDaemon(Lifecycle):
         self._lock = threading.RLock()
         self._table: dict[str, Entry] = {}
         self._runtime: Runtime | None = None
+        self.credentials_replaced = False
         # True while nothing is mounted and an exception in the main thread does no harm.
         self.interruptible = False
 
@@ -254,6 +256,14 @@ class NodeDaemon(Lifecycle):
                 # Another mount is below, or somebody sits in it.
                 return
             directory = directory.parent
+
+    def set_credentials(self, credentials: Credentials) -> None:
+        """Use other credentials for all images that are mounted now."""
+        with self._lock:
+            for entry in self._table.values():
+                if entry.image is not None:
+                    entry.image.set_credentials(credentials)
+        self.credentials_replaced = True
 
     def _unmount_all(self) -> None:
         for entry in reversed(self.entries()):

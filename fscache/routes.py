@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl, urlsplit
 from erofs.console import GIT_COMMIT, LOG_LEVELS, package_version
 from erofs.errors import NydusError
 from erofs.reader import open_bootstrap
+from fscache.backend.settings import Credentials
 from fscache.config import DaemonConfig, parse_config
 from fscache.environment import with_environment
 from fscache.image import ServedImage
@@ -26,6 +27,7 @@ from fscache.node import Entry, NodeDaemon
 
 __all__ = ["Answer", "Request", "answer"]
 
+_HIDDEN = "<hidden>"
 _EVENTS = {"max_errors": 500, "total_errors": 0, "max_size": 51200, "total_size": 0, "errors": []}
 
 
@@ -197,6 +199,24 @@ def _umount(daemon: NodeDaemon, request: Request) -> Answer:
     return Answer(HTTPStatus.NO_CONTENT)
 
 
+def _get_config(daemon: NodeDaemon, request: Request) -> Answer:
+    """Tell what was replaced, without the secret: the original shows it in clear."""
+    return Answer(HTTPStatus.OK, {"registry_auth": _HIDDEN} if daemon.credentials_replaced else {})
+
+
+def _put_config(daemon: NodeDaemon, request: Request) -> Answer:
+    values = request.json()
+    auth = _text(values, "registry_auth", "")
+    if values.keys() - {"registry_auth"}:
+        raise _Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "Configure(only registry_auth is taken)")
+    if auth:
+        try:
+            daemon.set_credentials(Credentials.from_base64(auth))
+        except ValueError as error:
+            raise _Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, f"Configure({error})") from error
+    return Answer(HTTPStatus.NO_CONTENT)
+
+
 def _superblock(daemon: NodeDaemon, request: Request) -> Answer:
     image = daemon.image(request.need("mountpoint"))
     with open_bootstrap(image.bootstrap) as bootstrap:
@@ -305,6 +325,8 @@ _ROUTES: dict[tuple[str, str], Callable[[NodeDaemon, Request], Answer]] = {
     ("POST", "/api/v1/mount"): _mount,
     ("PUT", "/api/v1/mount"): _remount,
     ("DELETE", "/api/v1/mount"): _umount,
+    ("GET", "/api/v1/config"): _get_config,
+    ("PUT", "/api/v1/config"): _put_config,
     ("GET", "/api/v1/metrics"): _metrics,
     ("GET", "/api/v1/metrics/files"): _file_metrics,
     ("GET", "/api/v1/metrics/pattern"): _pattern,

@@ -11,9 +11,10 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from erofs.errors import NydusError
+from fscache.backend.settings import Credentials
 
 __all__ = [
     "AuthError",
@@ -23,6 +24,7 @@ __all__ = [
     "BlobReader",
     "NotFound",
     "ShortRead",
+    "TakesCredentials",
     "Unavailable",
     "check_blob_id",
 ]
@@ -128,6 +130,14 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Drop idle connections; readers must not be used afterwards."""
+
+
+@runtime_checkable
+class TakesCredentials(Protocol):
+    """A backend whose credentials can be replaced while it is read from."""
+
+    def set_credentials(self, credentials: Credentials | None) -> None:
+        """Use other credentials for all requests made afterwards."""
 
 
 class BackendMetrics:

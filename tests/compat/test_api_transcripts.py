@@ -27,11 +27,6 @@ STATUS = {
     "mount-passthrough": "below an image", "remount-ok": "below an image",
     "umount-ok": "below an image", "umount-nested": "below an image",
     "umount-pt": "below an image",
-    # Credentials cannot be replaced over the API yet.
-    "config-get": "no /config", "config-get-noid": "no /config", "config-get-unknown": "no /config",
-    "config-put": "no /config", "config-put-unknown-key": "no /config",
-    "config-put-bad": "no /config", "config-put-nonstring": "no /config",
-    "config-get-after": "no /config",
     # No API of cachefiles yet.
     "v2-blobs-get-noid": "no blobs", "v2-blobs-put": "no blobs", "v2-blobs-delete": "no blobs",
     "v2-blobs-delete-blob": "no blobs", "wrong-method v2 POST /blobs": "no blobs",
@@ -40,7 +35,6 @@ STATUS = {
     "sendfd-supervisor-absent": "no hand-over", "takeover-while-running": "no hand-over",
     **{f"wrong-method {method} /daemon/fuse/{name}": "no hand-over"
        for method in ("GET", "POST", "DELETE", "PATCH") for name in ("sendfd", "takeover")},
-    **{f"wrong-method {method} /config": "no /config" for method in ("POST", "DELETE", "PATCH")},
 }  # fmt: skip
 # These look at mounts that were made below the image before.
 CONSEQUENCES = re.compile(r" id=/b$|ambiguous \(several mounts\)$|^backend-b$|^daemon-with-mounts$")

@@ -152,3 +152,15 @@ def test_sockets(tmp_path, image):
     with pytest.raises(ApiError, match="cannot be made"):
         ApiServer(path, daemon)
     assert path.read_text() == "a file"
+
+
+def test_credentials_are_replaced_and_never_shown(api):
+    _, connection = api
+    assert json.loads(ask(connection, "GET", "/api/v1/config")[1]) == {}
+    assert ask(connection, "PUT", "/api/v1/config", b'{"registry_auth": "dTpw"}')[0].status == 204
+    shown = ask(connection, "GET", "/api/v1/config")[1]
+    assert json.loads(shown) == {"registry_auth": "<hidden>"}
+    for body, status in ((b'{"x": "1"}', 500), (b'{"registry_auth": "dTpw!"}', 500), (b"{", 400)):
+        answer, text = ask(connection, "PUT", "/api/v1/config", body)
+        assert answer.status == status
+        assert b"dTpw" not in text

@@ -255,17 +255,29 @@ def _finish(
             result.blobs = [name]
             result.blob_path = output.commit(None if options.blob else name)
             return
-        if entry is not None:
-            result.blobs = [entry.id]
-            result.blob_path = output.commit(None if options.blob else entry.id)
-        result.bootstrap = write_bootstrap_file(bootstrap, options.bootstrap, options.blob_dir)
+        # Both are written before the first gets its name, so that a full disk leaves neither.
+        target, mode, digest = _bootstrap_place(bootstrap, options.bootstrap, options.blob_dir)
+        with OutputFile(target, mode) as bootstrap_output:
+            bootstrap_output.write(bootstrap)
+            bootstrap_output.sync()
+            if entry is not None:
+                result.blobs = [entry.id]
+                result.blob_path = output.commit(None if options.blob else entry.id)
+            result.bootstrap = bootstrap_output.commit(digest)
+
+
+def _bootstrap_place(
+    data: bytes, path: Path | None, directory: Path | None
+) -> tuple[Path, int, str | None]:
+    """Return target, mode and, for a directory, the name of a bootstrap: its SHA-256."""
+    if path is not None:
+        return path, BOOTSTRAP_FILE_MODE, None
+    if directory is None:
+        raise BuildError("neither a bootstrap nor a directory for it was given")
+    return directory, BOOTSTRAP_IN_DIRECTORY_MODE, hashlib.sha256(data).hexdigest()
 
 
 def write_bootstrap_file(data: bytes, path: Path | None, directory: Path | None) -> Path:
     """Write a bootstrap to `path`, or into `directory` under its SHA-256."""
-    if path is not None:
-        return write_file(path, data, BOOTSTRAP_FILE_MODE)
-    if directory is None:
-        raise BuildError("neither a bootstrap nor a directory for it was given")
-    name = hashlib.sha256(data).hexdigest()
-    return write_file(directory, data, BOOTSTRAP_IN_DIRECTORY_MODE, name)
+    target, mode, name = _bootstrap_place(data, path, directory)
+    return write_file(target, data, mode, name)

@@ -28,7 +28,6 @@ class OutputFile:
     def __init__(self, target: Path, mode: int) -> None:
         self._target = target
         self._temporary: Path | None = None
-        self.written = 0
         try:
             kind = stat.S_IFMT(target.stat().st_mode)
         except FileNotFoundError:
@@ -50,18 +49,25 @@ class OutputFile:
             self._file.write(data)
         except OSError as error:
             raise self._failed(error) from error
-        self.written += len(data)
 
     def _failed(self, error: OSError) -> BuildError:
         return BuildError(f"writing failed ({error.strerror})", path=self._target)
 
-    def commit(self, name: str | None = None) -> Path:
-        """Make the file durable under its final name; `name` when the target is a directory."""
-        final = self._target if name is None else self._target / name
+    def sync(self) -> None:
+        """Bring everything that was written to the disk; raise `BuildError`."""
         try:
             self._file.flush()
             if self._temporary is not None:
                 os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def commit(self, name: str | None = None) -> Path:
+        """Make the file durable under its final name; `name` when the target is a directory."""
+        final = self._target if name is None else self._target / name
+        self.sync()
+        try:
+            if self._temporary is not None:
                 self._temporary.rename(final)
                 self._temporary = None
             self._file.close()

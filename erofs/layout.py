@@ -36,7 +36,6 @@ CHUNK_FORMAT_INDEXES = 0x20
 CHUNK_FORMAT_KNOWN = CHUNK_FORMAT_BITS_MASK | CHUNK_FORMAT_INDEXES
 NULL_BLOCK = 0xFFFFFFFF
 CHUNK_INDEX_SIZE = 8
-BLOCK_MAP_SIZE = 4
 
 DEVICE_SLOT_SIZE = 128
 DEVICE_TABLE_OFFSET = 1408
@@ -57,7 +56,6 @@ FILE_TYPES = {
 }
 
 XATTR_HEADER_SIZE = 12
-XATTR_LONG_PREFIX = 0x80
 # The whole-name prefixes come before the ones that they do not start with, so the
 # first match decides.
 XATTR_PREFIXES: tuple[tuple[int, bytes], ...] = (

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from erofs.view import View
 
 EXTENDED_SUPERBLOCK_OFFSET = 1152
-EXTENDED_SUPERBLOCK_SIZE = 256
 BLOB_ENTRY_SIZE = 256
 CHUNK_INFO_SIZE = 80
 PREFETCH_ENTRY_SIZE = 4
@@ -79,7 +78,6 @@ class BlobFeatures(IntFlag):
     CAP_TAR_TOC = 0x40000000
 
 
-BLOB_FEATURES_KNOWN = sum(BlobFeatures)
 BLOB_FEATURES_INCOMPATIBLE = 0x8000F000
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ class ImageOptions:
 
 
 class ServedImage:
-    """A mounted image and what it holds open; make one with `lazy` or `eager`.
+    """A mounted image and what it holds open; call `mount_lazily` or `mount_eagerly`.
 
     Args:
         config: backend and cache directory.
@@ -67,7 +66,6 @@ class ServedImage:
         self.cache_metrics = CacheMetrics(
             config.work_dir, prefetch.threads if prefetch.enable else 0
         )
-        self.mounted_at = 0.0
         self._plan = read_plan(bootstrap)
         self._stack = ExitStack()
         self.backend: Backend = open_backend(config.backend)
@@ -87,7 +85,7 @@ class ServedImage:
                 self._stack.callback(domain.release, reader)
                 readers.append(reader)
             mount = mount_erofs(self.bootstrap, devices, self.mountpoint, directio=options.directio)
-            self._mounted(mount)
+            self._mount = mount
             stack.pop_all()
         if mount.name is None:
             # After a lazy unmount nobody could tell when the last user is gone.
@@ -120,7 +118,7 @@ class ServedImage:
             )
             # Complete files need nobody from here on.
             self._needs_daemon = False
-            self._mounted(mount)
+            self._mount = mount
             stack.pop_all()
 
     def _open_blob(self, plan: BlobPlan, fetcher: Fetcher) -> CachedBlob:
@@ -132,10 +130,6 @@ class ServedImage:
         fetcher.attach(blob)
         self._stack.callback(fetcher.detach, blob)
         return blob
-
-    def _mounted(self, mount: ErofsMount) -> None:
-        self._mount = mount
-        self.mounted_at = time.time()
 
     def set_credentials(self, credentials: Credentials) -> None:
         """Use other credentials from now on, where the backend has any."""

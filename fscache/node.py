@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -21,7 +22,14 @@ from fscache.config import DaemonConfig
 from fscache.image import ImageOptions, Progress, ServedImage
 from fscache.lifecycle import Lifecycle, State
 from fscache.mount import MountError
-from fscache.place import PlainMount, filesystem_at, mount_bind, mount_tmpfs
+from fscache.place import (
+    TMPFS_SOURCE,
+    Mounted,
+    PlainMount,
+    mount_bind,
+    mount_tmpfs,
+    mounted_at,
+)
 from fscache.runtime import Runtime
 
 __all__ = ["Entry", "NodeDaemon", "NodeOptions", "TableError"]
@@ -141,16 +149,29 @@ class NodeDaemon(Lifecycle):
     def _hold_interrupts(self) -> None:
         self.interruptible = False
 
-    @staticmethod
-    def _clear_leftover(top: Path) -> None:
-        """Take away the mount of a daemon that died: its holes read as zeros (spec 5.10)."""
-        while filesystem_at(top) in ("erofs", "tmpfs"):
+    def _clear_leftover(self, top: Path) -> None:
+        """Take away the mount of a daemon that died: its holes read as zeros (spec 5.10).
+
+        Only our own kind of tmpfs, and a mount of the very bootstrap that comes now; what
+        anybody else has mounted there stays below.
+        """
+        while (found := mounted_at(top)) is not None and self._is_ours(found):
             logger.error(
                 "%s is still mounted by a daemon that is gone: programs that used it since"
                 " may have read zeros and have to be restarted; it is unmounted now",
                 top,
             )
             PlainMount(top).unmount()
+
+    def _is_ours(self, found: Mounted) -> bool:
+        if found.kind == "tmpfs":
+            return found.source == TMPFS_SOURCE
+        bootstrap = self.options.bootstrap
+        return (
+            found.kind == "erofs"
+            and bootstrap is not None
+            and os.path.realpath(found.source) == os.path.realpath(bootstrap)
+        )
 
     def stop(self) -> None:
         """Unmount and close everything; waits for the users of images (see `Runtime.close`)."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 from fscache import kernel
 from fscache.mount import MountBusy, MountError
 
-__all__ = ["PlainMount", "filesystem_at", "mount_bind", "mount_tmpfs"]
+__all__ = ["TMPFS_SOURCE", "Mounted", "PlainMount", "mount_bind", "mount_tmpfs", "mounted_at"]
 
+# Tells our tmpfs from anybody else's.
+TMPFS_SOURCE = "nydusd"
 _TMPFS_SIZE = "1m"
 
 
@@ -47,7 +51,7 @@ def mount_tmpfs(mountpoint: Path) -> PlainMount:
         try:
             context = kernel.fsopen("tmpfs")
             stack.callback(os.close, context)
-            kernel.fsconfig_string(context, "source", "nydus")
+            kernel.fsconfig_string(context, "source", TMPFS_SOURCE)
             kernel.fsconfig_string(context, "mode", "0755")
             kernel.fsconfig_string(context, "size", _TMPFS_SIZE)
             kernel.fsconfig_create(context)
@@ -79,13 +83,25 @@ def mount_bind(source: Path, mountpoint: Path) -> PlainMount:
     return PlainMount(mountpoint)
 
 
-def filesystem_at(path: Path) -> str | None:
-    """Return the type of what is mounted right at a path, from mountinfo; None for no mount."""
-    target = os.path.realpath(path)
+class Mounted(NamedTuple):
+    """What is mounted at a place: type of the file system, and the source it was given."""
+
+    kind: str
+    source: str
+
+
+def mounted_at(path: Path) -> Mounted | None:
+    """Return what is on top of the mounts right at a path, from mountinfo; None for no mount."""
+    target = os.fsencode(os.path.realpath(path))
     found = None
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        fields, _, tail = line.partition(" - ")
-        mountpoint = fields.split()[4].encode("utf-8", "surrogateescape").decode("unicode_escape")
-        if mountpoint == target:
-            found = tail.split()[0]
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        head, _, tail = line.partition(b" - ")
+        if _unescape(head.split()[4]) == target:
+            kind, source = tail.split()[:2]
+            found = Mounted(os.fsdecode(kind), os.fsdecode(_unescape(source)))
     return found
+
+
+def _unescape(field: bytes) -> bytes:
+    """Undo the octal escapes of mountinfo."""
+    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8) & 0xFF]), field)

@@ -72,12 +72,15 @@ class Runtime:
             return domain
 
     def unmount(self, image: ServedImage) -> None:
-        """Take an image out of the tree and let go of it when its last user is gone."""
-        image.unmount()
+        """Take an image out of the tree and let go of it when its last user is gone.
+
+        Raises `MountError`; the image is served on all the same until it is gone.
+        """
         with self._lock:
             if image in self._images:
                 self._images.remove(image)
                 self._leaving.append(image)
+        image.unmount()
         self._reap()
 
     def _reap(self) -> bool:
@@ -87,7 +90,11 @@ class Runtime:
             self._leaving = [image for image in self._leaving if image not in gone]
             left = bool(self._leaving)
         for image in gone:
-            image.close()
+            try:
+                image.close()
+            except NydusError as error:
+                # Nobody reads from it any more, and the others have to be looked after.
+                logger.error("%s is not closed properly: %s", image.mountpoint, error)
         return left
 
     def _reap_loop(self) -> None:
@@ -99,7 +106,11 @@ class Runtime:
         with self._lock:
             images = list(self._images)
         for image in reversed(images):
-            self.unmount(image)
+            try:
+                self.unmount(image)
+            except NydusError as error:
+                # Waited for below like the rest: a channel that ends early gives zeros.
+                logger.error("%s", error)
         told = time.monotonic()
         while self._reap():
             if time.monotonic() - told > _TELL_SECONDS:

@@ -14,8 +14,8 @@ REMEMBERED = 64
 class Streams:
     """The last chunk of recent requests, and how long each has gone on without a jump.
 
-    Only a reader that came right behind a recent request is ahead of nothing: blind
-    look-ahead costs random readers half of their rate.
+    A reader is followed when its request begins where a recent one ended; everybody else is
+    not, since blind look-ahead costs random readers half of their rate.
 
     Args:
         limit: the most chunks to be ahead.

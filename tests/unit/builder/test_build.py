@@ -220,6 +220,20 @@ def test_full_disk_at_the_end(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_bootstrap_that_cannot_be_written_leaves_no_blob(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    with pytest.raises(BuildError, match="cannot be written"):
+        build(
+            io.BytesIO(make_tar(**CONTENT)),
+            BuildOptions(
+                source_type=SourceType.TAR,
+                bootstrap=tmp_path / "missing" / "boot",
+                blob_dir=tmp_path / "blobs",
+            ),
+        )
+    assert not list((tmp_path / "blobs").iterdir())
+
+
 def test_device_that_is_full(tmp_path):
     with pytest.raises(BuildError, match=r"/dev/full: writing failed \(No space left"):
         build(

@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := erofs builder fscache
+SOURCES := erofs builder fscache kata overlayfs_helper
 PYTEST := $(BIN)/python -m pytest
 # Where /tmp is a tmpfs, the kernel takes no pre-content marks on it.
 export TMPDIR ?= /var/tmp
@@ -21,6 +21,10 @@ $(STAMP): pyproject.toml constraints.txt .ci/venv
 	@PYTHON=$(PYTHON) .ci/venv $(VENV)
 	@touch $@
 
+.PHONY: install-helper
+install-helper: install ## put nydus-overlayfs where containerd and mount(8) find it; root
+	@$(BIN)/python -m overlayfs_helper.install $(HELPER_ARGS)
+
 .PHONY: demo
 demo: install ## build a real root filesystem, mount it lazily, run programs from it
 	@.ci/packages mmdebstrap tar
@@ -28,12 +32,17 @@ demo: install ## build a real root filesystem, mount it lazily, run programs fro
 
 .PHONY: test
 test: install ## all tests that need no other machine; kernel tests when root
-	@.ci/packages erofs-utils attr acl libcap2-bin e2fsprogs tar
+	@.ci/packages erofs-utils attr acl libcap2-bin e2fsprogs tar \
+		fuse3 cryptsetup-bin fdisk qemu-utils
 	@$(PYTEST) --ignore=tests/real $(PYTEST_ARGS)
+
+.PHONY: test-long
+test-long: install ## kill series and large trees, many minutes
+	@$(PYTEST) --ignore=tests/real -m long $(PYTEST_ARGS)
 
 .PHONY: test-real
 test-real: install ## containers by containerd and nydus-snapshotter; needs root and Go
-	@.ci/packages docker-registry runc skopeo
+	@.ci/packages containerd docker-registry fuse3 runc skopeo
 	@$(BIN)/python -m tests.real.peers
 	@$(PYTEST) tests/real $(PYTEST_ARGS)
 
@@ -51,7 +60,7 @@ format: install ## put the code into ruff's form
 	@$(BIN)/ruff format .
 
 .PHONY: bench
-bench: install ## measure against floors, and peers named by NYDUS_IMAGE_PEER and NYDUSD_PEER
+bench: install ## measure against floors, and peers named by NYDUS_IMAGE_PEER, NYDUSD_PEER, NYDUS_OVERLAYFS_PEER
 	@$(BIN)/python -m tests.bench
 
 .PHONY: fuzz

@@ -3,13 +3,16 @@
 import functools
 import os
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from fscache.channel.fuse import require_fuse
 from fscache.loop import LoopDevice, LoopError
 from fscache.probe import lazy_supported, probe
+from fscache.sharing import LazyUnsupported
 
 CI = os.environ.get("CI") == "true"
 
@@ -44,7 +47,29 @@ def _loop():
     return None
 
 
-_PROBES = {"root": _root, "erofs_mount": _erofs_mount, "fanotify": _fanotify, "loop": _loop}
+def _overlay():
+    script = (
+        'mount -t tmpfs tmpfs "$0" && cd "$0" && mkdir lower upper work target &&'
+        " mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work target"
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        words = ["unshare", "--mount", "--propagation=private", "sh", "-c", script, directory]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.stderr.strip() if done.returncode else None
+
+
+def _fuse():
+    try:
+        require_fuse()
+    except LazyUnsupported as error:
+        return str(error)
+    return None if shutil.which("fusermount3") else "fusermount3 is not installed"
+
+
+_PROBES = {
+    "root": _root, "erofs_mount": _erofs_mount, "fanotify": _fanotify, "loop": _loop,
+    "overlay": _overlay, "fuse": _fuse,
+}  # fmt: skip
 
 
 @functools.cache

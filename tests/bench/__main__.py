@@ -1,8 +1,8 @@
 """`python -m tests.bench`, which is `make bench`.
 
 Environment: BENCH_QUICK=1 for less than a minute, BENCH_JSON=path for the results as JSON,
-BENCH_SOURCE=path.tar for another tree, NYDUS_IMAGE_PEER and NYDUSD_PEER for the paths of real
-programs to put beside ours, TMPDIR for another place than /var/tmp.
+BENCH_SOURCE=path.tar for another tree, NYDUS_IMAGE_PEER, NYDUSD_PEER and NYDUS_OVERLAYFS_PEER
+for the paths of real programs to put beside ours, TMPDIR for another place than /var/tmp.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from fscache.probe import lazy_supported, probe
 from tests.bench import report
 from tests.bench.create import CreateBench, image_command
 from tests.bench.daemon import DaemonBench, start_row
+from tests.bench.disk import DiskBench
 from tests.bench.measure import INTERRUPTS, BenchError, run
 from tests.bench.metadata import MetadataBench
+from tests.bench.overlay import OverlayBench
 from tests.bench.report import Row
 from tests.bench.rig import Image, Server
 from tests.bench.source import Settings, pack_big, pack_tree
@@ -36,8 +38,10 @@ def _settings() -> Settings:
         source=_path("BENCH_SOURCE"),
         image_peer=_path("NYDUS_IMAGE_PEER"),
         daemon_peer=_path("NYDUSD_PEER"),
+        overlayfs_peer=_path("NYDUS_OVERLAYFS_PEER"),
     )
-    for path in (settings.source, settings.image_peer, settings.daemon_peer):
+    peers = (settings.image_peer, settings.daemon_peer, settings.overlayfs_peer)
+    for path in (settings.source, *peers):
         if path is not None and not path.is_file():
             raise BenchError(f"{path}: no such file")
     return settings
@@ -76,6 +80,8 @@ class _Bench:
         self._tell(create.rows(self._skip))
         metadata = MetadataBench(settings, tree, self._place("metadata"))
         self._tell(metadata.rows())
+        self._tell(DiskBench(settings, tree, self._place("disk")).rows())
+        self._tell(OverlayBench(settings, self._place("overlay")).rows(self._skip))
         verdict = lazy_supported(probe(self._directory))
         if verdict.ok:
             self._run_daemon(tree)

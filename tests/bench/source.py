@@ -30,6 +30,7 @@ class Settings:
     source: Path | None
     image_peer: Path | None
     daemon_peer: Path | None
+    overlayfs_peer: Path | None = None
 
     @property
     def rounds(self) -> int:

@@ -1,7 +1,8 @@
-"""The builder: `build`, `merge` and `unpack` images, as functions of paths and options."""
+"""The builder: `build`, `merge`, `unpack` and `export_block`, from paths and options."""
 
 from builder.build import BuildOptions, BuildResult, SourceType, build
 from builder.errors import BuildError
+from builder.export import ExportOptions, ExportResult, VerityOptions, export_block
 from builder.merge import MergeOptions, merge
 from builder.prefetch import PrefetchPolicy
 from builder.source.options import SourceOptions, WhiteoutSpec
@@ -11,12 +12,16 @@ __all__ = [
     "BuildError",
     "BuildOptions",
     "BuildResult",
+    "ExportOptions",
+    "ExportResult",
     "MergeOptions",
     "PrefetchPolicy",
     "SourceOptions",
     "SourceType",
+    "VerityOptions",
     "WhiteoutSpec",
     "build",
+    "export_block",
     "merge",
     "unpack",
 ]

@@ -8,8 +8,15 @@ from pathlib import Path
 from builder.errors import BuildError
 from fscache.backend import Backend, LocalFsConfig, open_backend
 from fscache.backend.config import ConfigTable, backend_config
+from fscache.backend.settings import BackendConfig
 
-__all__ = ["BACKEND_TYPES", "blob_directory", "blob_file", "configured_backend"]
+__all__ = [
+    "BACKEND_TYPES",
+    "blob_directory",
+    "blob_file",
+    "configured_backend",
+    "daemon_backend",
+]
 
 # The types of the real tool; `localfs` is what --blob-dir is for.
 BACKEND_TYPES = ("oss", "s3", "registry", "localdisk", "http-proxy")
@@ -41,3 +48,25 @@ def configured_backend(kind: str, text: str | bytes) -> Backend:
         raise BuildError("backend configuration is not JSON") from error
     place = ConfigTable({"type": kind}, "backend")
     return open_backend(backend_config(kind, ConfigTable(values, "backend.config"), place))
+
+
+def daemon_backend(path: Path) -> BackendConfig:
+    """Return the backend that a configuration of nydusd names, of version 1 or 2.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no configuration.
+    """
+    # Imported here: decoding whole configurations is what nearly nobody asks for.
+    from fscache.backend.table import ConfigError
+    from fscache.decode import decode_text, version1, version2
+
+    try:
+        value = decode_text(path.read_text("utf-8"))
+        table = ConfigTable(value, "")
+        config = version2(table) if "version" in value else version1(table)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read ({error})", path=path) from error
+    except ConfigError as error:
+        error.add_context(path=path)
+        raise
+    return config.backend

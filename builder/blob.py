@@ -1,37 +1,120 @@
 """Write a data blob: chunks, then its compression table, digests, bootstrap and ToC.
 
 The order of the sections, what is framed and what each digest covers follow spec
-rafs-v6 4.1 to 4.7.
+rafs-v6 4.1 to 4.9.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from builder.errors import BuildError
-from erofs import Chunk, blobmeta, codec, rafs
-from erofs.blobmeta import CompressionInfo, CompressionTableHeader, TocEntry
+from erofs import Chunk, blobmeta, codec, framing, rafs
+from erofs.blobmeta import CiFlags, CompressionInfo, CompressionInfoV2, CompressionTableHeader
+from erofs.cipher import BlobCipher
+from erofs.contexts import BatchContext, ZranContext
+from erofs.framing import TocEntry
 from erofs.rafs import BlobEntry, BlobFeatures, ChunkFlags, Compressor, Digester
 from erofs.view import align_up
 
-__all__ = ["BlobWriter"]
+__all__ = ["BlobFormat", "BlobWriter", "CacheSink", "Place", "Stored"]
+
+Data = bytes | bytearray | memoryview
+
+# Plain numbers: combining members of a flag class takes longer than all else here.
+_COMPRESSED, _ENCRYPTED, _HAS_CRC = (
+    int(flag) for flag in (ChunkFlags.COMPRESSED, ChunkFlags.ENCRYPTED, ChunkFlags.HAS_CRC)
+)
+_CI_BATCHED = int(CiFlags.COMPRESSED | CiFlags.BATCH)
+_CI_COMPRESSED, _CI_ENCRYPTED, _CI_HAS_CRC = (
+    int(flag) for flag in (CiFlags.COMPRESSED, CiFlags.ENCRYPTED, CiFlags.HAS_CRC)
+)
 
 
 class Sink(Protocol):
     """Where the bytes of the blob go."""
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
+    def write(self, data: Data) -> None:
         """Append bytes."""
 
 
-class _Table(NamedTuple):
-    """What the blob table says about the compression table."""
+class CacheSink(Protocol):
+    """Takes what a daemon's cache would have of the blob (spec 4.4)."""
 
-    compressor: int
+    def write_chunk(self, data: Data) -> None:
+        """Append the content of the next chunk, in whole pages."""
+
+    def write_table(self, plain: bytes, header: bytes) -> None:
+        """Take the plain compression table and its header."""
+
+
+class Place(NamedTuple):
+    """Where a chunk of an original layer is: offset and size there; of gzip the zran context.
+
+    `data` is the place in what the context gives.
+    """
+
     offset: int
-    compressed_size: int
-    uncompressed_size: int
+    size: int
+    context: int | None = None
+    data: int = 0
+
+
+class Stored(NamedTuple):
+    """What is put into the blob for a chunk or a batch; with `place` it is in a layer already."""
+
+    data: Data
+    is_compressed: bool
+    place: Place | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlobFormat:
+    """How a blob is written.
+
+    Args:
+        compressor: of chunks and of the compression table.
+        inline_bootstrap: the bootstrap will be put into the blob.
+        toc: a digest array and a table of contents are wanted.
+        batch_size: bytes of small chunks that are compressed together, 0 for none.
+        cipher: encrypts chunks and the compression table.
+        offset: where the blob will begin in what holds it; only without framing.
+    """
+
+    compressor: Compressor
+    digester: Digester
+    chunk_size: int
+    inline_bootstrap: bool = False
+    toc: bool = False
+    batch_size: int = 0
+    cipher: BlobCipher | None = None
+    offset: int = 0
+
+    @property
+    def features(self) -> BlobFeatures:
+        """The feature word of the blob (spec 4.2)."""
+        features = BlobFeatures.ALIGNED | BlobFeatures.CAP_TAR_TOC
+        if self.inline_bootstrap:
+            features |= BlobFeatures.HAS_TAR_HEADER | BlobFeatures.INLINED_FS_META
+        if self.toc:
+            features |= BlobFeatures.HAS_TAR_HEADER
+            features |= BlobFeatures.HAS_TOC | BlobFeatures.INLINED_CHUNK_DIGEST
+        if self.batch_size:
+            features |= BlobFeatures.CHUNK_INFO_V2 | BlobFeatures.BATCH
+        if self.cipher is not None:
+            features |= BlobFeatures.CHUNK_INFO_V2 | BlobFeatures.ENCRYPTED
+        return features
+
+    def encode(self, data: Data) -> Stored:
+        """Compress and encrypt; what would not become smaller stays as it is."""
+        compressed = codec.compress(self.compressor, memoryview(data))
+        stored = data if compressed is None else compressed
+        if self.cipher is not None:
+            stored = self.cipher.encrypt(stored)
+        return Stored(stored, compressed is not None)
 
 
 class BlobWriter:
@@ -39,95 +122,121 @@ class BlobWriter:
 
     Args:
         output: takes the bytes, in order.
-        compressor: of chunks and of the compression table.
-        inline_bootstrap: the bootstrap will be put into the blob.
-        toc: a digest array and a table of contents are wanted.
+        form: how to write.
+        cache: takes the content of the chunks, too.
     """
 
-    def __init__(
-        self,
-        output: Sink,
-        compressor: Compressor,
-        digester: Digester,
-        chunk_size: int,
-        *,
-        inline_bootstrap: bool = False,
-        toc: bool = False,
-    ) -> None:
+    def __init__(self, output: Sink, form: BlobFormat, cache: CacheSink | None = None) -> None:
         self._output = output
-        self._compressor = compressor
-        self._digester = digester
-        self._chunk_size = chunk_size
-        self._inline = inline_bootstrap
-        self._toc = toc
-        self._framed = inline_bootstrap or toc
-        self._entries: list[CompressionInfo] = []
+        self._form = form
+        self._cache = cache
+        self.features = form.features
+        self._is_v2 = bool(self.features & BlobFeatures.CHUNK_INFO_V2)
+        self._framed = bool(self.features & BlobFeatures.HAS_TAR_HEADER)
+        self._own_flags = _ENCRYPTED if form.cipher is not None else 0
+        self._table = bytearray()
+        self._contexts: list[BatchContext | ZranContext] = []
         self._digests = bytearray()
         self._toc_entries: list[TocEntry] = []
         self._id_hash = hashlib.sha256()
-        self.position = 0
+        self.position = form.offset
+        self.chunk_count = 0
         self.uncompressed_size = 0
         self.content_size = 0
 
-    @property
-    def chunk_count(self) -> int:
-        """Number of chunks so far."""
-        return len(self._entries)
-
-    @property
-    def features(self) -> BlobFeatures:
-        """The feature word of the blob (spec 4.2)."""
-        features = BlobFeatures.ALIGNED | BlobFeatures.CAP_TAR_TOC
-        if self._framed:
-            features |= BlobFeatures.HAS_TAR_HEADER
-        if self._inline:
-            features |= BlobFeatures.INLINED_FS_META
-        if self._toc:
-            features |= BlobFeatures.HAS_TOC | BlobFeatures.INLINED_CHUNK_DIGEST
-        return features
-
-    def _write(self, data: bytes | bytearray | memoryview, *, in_id: bool = True) -> None:
+    def _write(self, data: Data, *, in_id: bool = True) -> None:
         self._output.write(data)
         if in_id:
             self._id_hash.update(data)
         self.position += len(data)
 
-    def append_chunk(
-        self, data: bytes | bytearray, compressed: bytes | None, digest: bytes, crc32c: int
-    ) -> Chunk:
-        """Append a new chunk; `compressed` None stores `data` as it is.
+    def add_chunk(self, chunk: Chunk, data: Data, stored: Stored) -> None:
+        """Append a chunk that is stored by itself, and fill in its place.
+
+        Args:
+            chunk: has digest, CRC and uncompressed size already.
+            data: its content, and `stored` what `BlobFormat.encode` made of it.
 
         Raises:
             BuildError: the blob is full.
         """
-        index = len(self._entries)
-        if index >= rafs.MAX_CHUNKS_PER_BLOB:
+        self._place(chunk, data)
+        chunk.compressed_offset = self.position
+        chunk.compressed_size = len(stored.data)
+        if stored.is_compressed:
+            chunk.flags |= _COMPRESSED
+        self._write_stored(stored.data)
+        self._table += self._pack_v2(chunk) if self._is_v2 else _pack_v1(chunk)
+
+    def _place(self, chunk: Chunk, data: Data) -> None:
+        """Give a chunk its number and its place in the uncompressed space."""
+        if self.chunk_count >= rafs.MAX_CHUNKS_PER_BLOB:
             raise BuildError("too many chunks for one blob", expected=rafs.MAX_CHUNKS_PER_BLOB)
-        stored = data if compressed is None else compressed
-        if self.position + len(stored) > blobmeta.MAX_COMPRESSED_OFFSET:
-            raise BuildError("too much data for one blob", expected="at most 1 TiB")
-        info = CompressionInfo(self.uncompressed_size, len(data), self.position, len(stored))
-        self._write(stored)
-        self._entries.append(info)
-        self._digests += digest
+        chunk.chunk_index = self.chunk_count
+        chunk.uncompressed_offset = self.uncompressed_size
+        chunk.flags = self._own_flags | (_HAS_CRC if chunk.crc32c else 0)
+        self._digests += chunk.digest
+        self.chunk_count += 1
         self.uncompressed_size += align_up(len(data), blobmeta.CI_ALIGNMENT)
         self.content_size += len(data)
-        return Chunk(
-            digest=digest,
-            blob_index=0,
-            flags=ChunkFlags.HAS_CRC | (ChunkFlags.COMPRESSED if info.is_compressed else 0),
-            compressed_size=info.compressed_size,
-            uncompressed_size=info.uncompressed_size,
-            compressed_offset=info.compressed_offset,
-            uncompressed_offset=info.uncompressed_offset,
-            file_offset=0,
-            chunk_index=index,
-            crc32c=crc32c,
-        )
+        if self._cache is not None:
+            self._cache.write_chunk(data)
+
+    def _write_stored(self, data: Data) -> None:
+        if self.position + len(data) > blobmeta.MAX_COMPRESSED_OFFSET:
+            raise BuildError("too much data for one blob", expected="at most 1 TiB")
+        self._write(data)
+
+    def _pack_v2(self, chunk: Chunk) -> bytes:
+        if chunk.compressed_size > blobmeta.MAX_COMPRESSED_SIZE_V2:
+            raise BuildError(
+                "chunk that does not compress is too large for the table of such a blob",
+                chunk=chunk.chunk_index,
+                expected="a smaller --chunk-size",
+            )
+        flags = _CI_HAS_CRC if chunk.crc32c else 0
+        if chunk.flags & _COMPRESSED:
+            flags |= _CI_COMPRESSED
+        if self._own_flags:
+            flags |= _CI_ENCRYPTED
+        return CompressionInfoV2(
+            chunk.uncompressed_offset,
+            chunk.uncompressed_size,
+            chunk.compressed_offset,
+            chunk.compressed_size,
+            flags,
+            chunk.crc32c,
+        ).pack()
+
+    def add_batch(self, chunks: Iterable[Chunk], data: Data, stored: Stored) -> None:
+        """Append chunks that are stored together; `data` is their content, one after the other.
+
+        The bootstrap does not know where they are (spec 2.5): their stored place stays 0.
+
+        Raises:
+            BuildError: the blob is full.
+        """
+        flags = _CI_BATCHED | _CI_ENCRYPTED if self._own_flags else _CI_BATCHED
+        start, content = 0, memoryview(data)
+        for chunk in chunks:
+            size = chunk.uncompressed_size
+            self._place(chunk, content[start : start + size])
+            self._table += CompressionInfoV2(
+                chunk.uncompressed_offset,
+                size,
+                self.position,
+                0,
+                flags,
+                start,
+                len(self._contexts),
+            ).pack()
+            start += size
+        self._contexts.append(BatchContext(len(stored.data), len(data)))
+        self._write_stored(stored.data)
 
     def _end_section(self, name: bytes, size: int) -> None:
         if self._framed:
-            self._write(blobmeta.pack_section_header(name, size))
+            self._write(framing.pack_section_header(name, size))
 
     def _add_toc_entry(
         self, name: bytes, digest: bytes, offset: int, csize: int, usize: int, flags: int
@@ -141,85 +250,108 @@ class BlobWriter:
             The blob table entry, its id still blank; None when there is no data, and then
             nothing was written.
         """
-        if not self._entries:
+        if not self.chunk_count:
             return None
-        data_size = self.position
-        self._end_section(blobmeta.SECTION_BLOB, data_size)
-        # The digest in the ToC covers the chunks and the header behind them (spec 4.6), so far
-        # the same bytes as the id.
-        self._add_toc_entry(
-            blobmeta.SECTION_BLOB, self._id_hash.digest(), 0, data_size,
-            self.uncompressed_size, blobmeta.TOC_NONE,
-        )  # fmt: skip
-        table = self._write_compression_table()
-        if self._toc:
+        if not self.features & BlobFeatures.SEPARATE:
+            self._end_data()
+        header = self._write_compression_table()
+        if self._form.toc:
             self._write_digests()
-        return BlobEntry(
+        entry = BlobEntry(
             blob_id=b"",
             blob_index=0,
-            chunk_size=self._chunk_size,
-            chunk_count=len(self._entries),
-            compressor=self._compressor,
-            digester=self._digester,
+            chunk_size=self._form.chunk_size,
+            chunk_count=self.chunk_count,
+            compressor=self._form.compressor,
+            digester=self._form.digester,
             features=self.features,
             compressed_size=self.position,
             uncompressed_size=self.uncompressed_size,
             blob_toc_size=0,
-            ci_compressor=table.compressor,
-            ci_offset=table.offset,
-            ci_compressed_size=table.compressed_size,
-            ci_uncompressed_size=table.uncompressed_size,
+            ci_compressor=header.ci_compressor,
+            ci_offset=header.ci_offset,
+            ci_compressed_size=header.ci_compressed_size,
+            ci_uncompressed_size=header.ci_uncompressed_size,
         )
+        cipher = self._form.cipher
+        return entry if cipher is None else entry._replace(**cipher.fields())
 
-    def _write_compression_table(self) -> _Table:
-        plain = b"".join(entry.pack() for entry in self._entries)
-        stored = codec.compress(self._compressor, plain)
-        compressor = Compressor.NONE if stored is None else self._compressor
-        if stored is None:
-            stored = plain
-        table = _Table(compressor, self.position, len(stored), len(plain))
-        header = CompressionTableHeader(self.features, compressor, len(self._entries), *table[1:])
+    def _end_data(self) -> None:
+        data_size = self.position - self._form.offset
+        self._end_section(framing.SECTION_BLOB, data_size)
+        # The digest in the ToC covers the chunks and the header behind them (spec 4.6), so far
+        # the same bytes as the id.
+        self._add_toc_entry(
+            framing.SECTION_BLOB, self._id_hash.digest(), 0, data_size,
+            self.uncompressed_size, framing.TOC_NONE,
+        )  # fmt: skip
+
+    def _pack_contexts(self) -> bytes:
+        """Return what lies behind the entries of the compression table."""
+        return b"".join(context.pack() for context in self._contexts)
+
+    def _encode_table(self, plain: bytes) -> tuple[Stored, Compressor]:
+        stored = self._form.encode(plain)
+        return stored, self._form.compressor if stored.is_compressed else Compressor.NONE
+
+    def _write_compression_table(self) -> CompressionTableHeader:
+        entries_size = len(self._table)
+        plain = bytes(self._table) + self._pack_contexts()
+        stored, compressor = self._encode_table(plain)
+        header = CompressionTableHeader(
+            self.features, compressor, self.chunk_count, self.position, len(stored.data), len(plain)
+        )
+        if self.features & (BlobFeatures.BATCH | BlobFeatures.ZRAN):
+            header = header._replace(
+                context_offset=entries_size,
+                context_size=len(plain) - entries_size,
+                context_count=len(self._contexts),
+            )
         packed = header.pack()
-        self._write(stored)
-        self._write(packed)
-        self._end_section(blobmeta.SECTION_META, len(stored) + len(packed))
+        if self._cache is not None:
+            self._cache.write_table(plain, packed)
+        offset, cipher = self.position, self._form.cipher
+        self._write(stored.data)
+        self._write(packed if cipher is None else cipher.encrypt(packed))
+        self._end_section(framing.SECTION_META, len(stored.data) + len(packed))
+        # Digests in the ToC are over what is in plain (spec 4.6, 4.8).
         self._add_toc_entry(
-            blobmeta.SECTION_META, hashlib.sha256(plain).digest(), table.offset,
-            len(stored), len(plain), _TOC_FLAGS[compressor],
+            framing.SECTION_META, hashlib.sha256(plain).digest(), offset,
+            len(stored.data), len(plain), _TOC_FLAGS[compressor],
         )  # fmt: skip
         self._add_toc_entry(
-            blobmeta.SECTION_META_HEADER, hashlib.sha256(packed).digest(),
-            table.offset + len(stored), len(packed), len(packed), blobmeta.TOC_NONE,
+            framing.SECTION_META_HEADER, hashlib.sha256(packed).digest(),
+            offset + len(stored.data), len(packed), len(packed), framing.TOC_NONE,
         )  # fmt: skip
-        return table
+        return header
 
     def _write_digests(self) -> None:
         offset, digests = self.position, bytes(self._digests)
         # The blob id leaves the digest array out, but not the header behind it (spec 4.7).
         self._write(digests, in_id=False)
-        self._end_section(blobmeta.SECTION_DIGEST, len(digests))
+        self._end_section(framing.SECTION_DIGEST, len(digests))
         self._add_toc_entry(
-            blobmeta.SECTION_DIGEST, hashlib.sha256(digests).digest(), offset,
-            len(digests), len(digests), blobmeta.TOC_NONE,
+            framing.SECTION_DIGEST, hashlib.sha256(digests).digest(), offset,
+            len(digests), len(digests), framing.TOC_NONE,
         )  # fmt: skip
 
     def write_bootstrap(self, bootstrap: bytes) -> None:
         """Put the bootstrap into the blob; compressed only when there is a ToC to say so."""
-        stored = codec.compress(Compressor.ZSTD, bootstrap) if self._toc else None
-        flags = blobmeta.TOC_NONE if stored is None else blobmeta.TOC_ZSTD
+        stored = codec.compress(Compressor.ZSTD, bootstrap) if self._form.toc else None
+        flags = framing.TOC_NONE if stored is None else framing.TOC_ZSTD
         if stored is None:
             stored = bootstrap
         offset = self.position
         self._write(stored)
-        self._end_section(blobmeta.SECTION_BOOTSTRAP, len(stored))
+        self._end_section(framing.SECTION_BOOTSTRAP, len(stored))
         self._add_toc_entry(
-            blobmeta.SECTION_BOOTSTRAP, hashlib.sha256(bootstrap).digest(), offset,
+            framing.SECTION_BOOTSTRAP, hashlib.sha256(bootstrap).digest(), offset,
             len(stored), len(bootstrap), flags,
         )  # fmt: skip
 
     def write_toc(self) -> bytes:
         """Write the table of contents and return what its digest covers."""
-        toc = blobmeta.pack_toc(self._toc_entries)
+        toc = framing.pack_toc(self._toc_entries)
         self._write(toc)
         return toc
 
@@ -227,9 +359,31 @@ class BlobWriter:
         """Return the id by content: the SHA-256 of all but the digest array, in hex."""
         return self._id_hash.hexdigest()
 
+    def seal(self, entry: BlobEntry, name: str | None) -> BlobEntry:
+        """Return the entry of a blob whose bootstrap is elsewhere; `name` goes before its own."""
+        return entry._replace(blob_id=(name or self.blob_id()).encode("ascii"))
+
+    def file_name(self, entry: BlobEntry) -> str:
+        """Return the name of the file for a sealed entry."""
+        return entry.id
+
+    @property
+    def inlined(self) -> tuple[str, int]:
+        """Id and size of a blob with its bootstrap inside, as callers are told."""
+        return self.blob_id(), self.position
+
+
+def _pack_v1(chunk: Chunk) -> bytes:
+    return CompressionInfo(
+        chunk.uncompressed_offset,
+        chunk.uncompressed_size,
+        chunk.compressed_offset,
+        chunk.compressed_size,
+    ).pack()
+
 
 _TOC_FLAGS = {
-    Compressor.NONE: blobmeta.TOC_NONE,
-    Compressor.LZ4_BLOCK: blobmeta.TOC_LZ4,
-    Compressor.ZSTD: blobmeta.TOC_ZSTD,
+    Compressor.NONE: framing.TOC_NONE,
+    Compressor.LZ4_BLOCK: framing.TOC_LZ4,
+    Compressor.ZSTD: framing.TOC_ZSTD,
 }

@@ -3,142 +3,173 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from builder.blob import BlobWriter
-from builder.chunker import Chunker, ChunkerStats
+from builder.blob import BlobFormat, BlobWriter
+from builder.blobtable import BlobTable
+from builder.cachefiles import CacheFiles, Discard
+from builder.chunkdict import load_dictionary
+from builder.chunker import Chunker, Deduplication
+from builder.consistency import Profile
 from builder.errors import BuildError
+from builder.external import ExternalTree, split_external
+from builder.options import BuildOptions, BuildResult, SourceType, check_options
 from builder.output import OutputFile, write_file
+from builder.parent import ParentImage, load_parent
 from builder.prefetch import PrefetchPolicy, files_below, parse_patterns, pattern_nodes
+from builder.reference import ReferenceChunker, ReferenceWriter, load_layer
 from builder.source.directory import ScannedDirectory
-from builder.source.options import SourceOptions
-from builder.source.tar import load_tar, open_tar, source_name
+from builder.source.opening import open_tar, source_name
+from builder.source.tar import load_tar
+from builder.tarfs import index_tar
 from erofs import BootstrapSpec, Node, write_bootstrap
-from erofs.rafs import (
-    DEFAULT_CHUNK_SIZE,
-    INLINED_BLOB_ID,
-    MAX_CHUNK_SIZE,
-    MIN_CHUNK_SIZE,
-    BlobEntry,
-    Compressor,
-    Digester,
-)
+from erofs.rafs import INLINED_BLOB_ID, BlobEntry, BlobFeatures, Compressor, Digester
 from erofs.tree import iter_names
 
 __all__ = ["BuildOptions", "BuildResult", "SourceType", "build", "write_bootstrap_file"]
 
 BLOB_MODE = 0o600
+BLOB_FILE_MODE = 0o644
 BOOTSTRAP_FILE_MODE = 0o644
 BOOTSTRAP_IN_DIRECTORY_MODE = 0o600
+EXTERNAL_SUFFIX = ".external"
 
 
-class SourceType(StrEnum):
-    """Kinds of input."""
+class _Outputs:
+    """Where a blob goes: a file, a directory, or cache files."""
 
-    DIRECTORY = "dir-rafs"
-    TAR = "tar-rafs"
+    def __init__(self, blob: OutputFile | None, cache: CacheFiles | None, is_named: bool) -> None:
+        self.blob = blob
+        self.cache = cache
+        self._is_named = is_named
 
-
-@dataclass(frozen=True, slots=True)
-class BuildOptions:
-    """What to build and where to put it.
-
-    Args:
-        bootstrap: path of the metadata; None puts it into `blob_dir` under its SHA-256.
-        blob_dir: directory where the blob gets its id as name.
-        blob: path of the blob: a file, or a FIFO that takes it as it is made.
-        inline_bootstrap: put the metadata into the blob; then `bootstrap` must be None.
-        blob_id: name to use in place of the SHA-256.
-        toc: append digests and a table of contents to the blob.
-        prefetch_patterns: absolute in-image paths, in order, used as the policy says.
-        progress: called with the number of content bytes after each chunk.
-        workers: threads for digests and compression; the bytes do not depend on it.
-    """
-
-    source_type: SourceType = SourceType.DIRECTORY
-    bootstrap: Path | None = None
-    blob_dir: Path | None = None
-    blob: Path | None = None
-    inline_bootstrap: bool = False
-    blob_id: str | None = None
-    toc: bool = False
-    chunk_size: int = DEFAULT_CHUNK_SIZE
-    compressor: Compressor = Compressor.ZSTD
-    digester: Digester = Digester.BLAKE3
-    source: SourceOptions = field(default_factory=SourceOptions)
-    prefetch_policy: PrefetchPolicy = PrefetchPolicy.NONE
-    prefetch_patterns: Sequence[bytes] = ()
-    progress: Callable[[int], None] | None = None
-    workers: int | None = None
+    def commit(self, blob_id: str) -> Path | None:
+        """Make the blob durable under its name; raise `BuildError`."""
+        if self.cache is not None:
+            return self.cache.commit(blob_id)
+        return None if self.blob is None else self.blob.commit(None if self._is_named else blob_id)
 
 
-@dataclass(slots=True)
-class BuildResult:
-    """What was built.
-
-    `blobs` are the ids of the blob table in order (for inlined metadata: the id of the
-    object that was written), `blob_size` the bytes of the new blob, 0 when there is none.
-    """
-
-    bootstrap: Path | None = None
-    blobs: list[str] = field(default_factory=list)
-    blob_path: Path | None = None
-    blob_size: int = 0
-    names: int = 0
-    stats: ChunkerStats = field(default_factory=ChunkerStats)
-    blob_content_bytes: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        """Add the time that the block takes to `seconds`."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[step] = self.seconds.get(step, 0.0) + time.monotonic() - start
-
-
-def _check_options(options: BuildOptions) -> None:
-    size = options.chunk_size
-    if size & (size - 1) or not MIN_CHUNK_SIZE <= size <= MAX_CHUNK_SIZE:
-        raise BuildError("invalid chunk size", got=size)
-    if options.blob_dir is not None and not options.blob_dir.is_dir():
-        raise BuildError("directory to store blobs does not exist", path=options.blob_dir)
-    if options.blob_dir is None and options.blob is None:
+@contextmanager
+def _open_outputs(options: BuildOptions) -> Iterator[_Outputs]:
+    if options.blob_cache_dir is not None:
+        with CacheFiles(options.blob_cache_dir) as cache:
+            yield _Outputs(None, cache, False)
+        return
+    target = options.blob or options.blob_dir
+    if target is None:
         raise BuildError("neither a blob nor a directory for it was given")
-    if options.inline_bootstrap:
-        if options.bootstrap is not None or options.blob_id is not None:
-            raise BuildError("an inlined bootstrap has neither a path nor a blob id of its own")
-    elif options.bootstrap is None and options.blob_dir is None:
-        raise BuildError("neither a bootstrap nor a directory for it was given")
-    if options.blob_id is not None and (
-        not 0 < len(options.blob_id) < 65 or not options.blob_id.isascii() or "/" in options.blob_id
-    ):
-        raise BuildError("blob id of 1 to 64 ASCII characters without '/'", got=options.blob_id)
+    mode = BLOB_MODE if options.blob is None else BLOB_FILE_MODE
+    with OutputFile(target, mode) as blob:
+        yield _Outputs(blob, None, options.blob is not None)
 
 
-def _load(
-    source: Path | BinaryIO, options: BuildOptions, chunker: Chunker, result: BuildResult
-) -> Node:
-    if options.source_type is SourceType.TAR:
-        with open_tar(source) as stream:
-            return load_tar(stream, source_name(source), chunker, options.source)
-    if not isinstance(source, Path):
-        raise BuildError("a directory is wanted, not a stream", path=source_name(source))
-    with result.timed("load_from_directory"):
-        directory = ScannedDirectory(source, options.source)
-    first: list[Node] = []
-    if options.prefetch_policy is PrefetchPolicy.BLOB:
-        first = files_below(directory.root, parse_patterns(options.prefetch_patterns))
-    directory.feed(chunker, first)
-    return directory.root
+def _form(options: BuildOptions) -> BlobFormat:
+    return BlobFormat(
+        compressor=options.compressor,
+        digester=options.digester,
+        chunk_size=options.chunk_size,
+        inline_bootstrap=options.inline_bootstrap,
+        toc=options.toc,
+        batch_size=options.batch_size,
+        cipher=options.encryption,
+        offset=options.blob_offset,
+    )
+
+
+class _Builder:
+    """One build: what was loaded, the tree, and the blob table."""
+
+    def __init__(self, options: BuildOptions, result: BuildResult) -> None:
+        self.options = options
+        self.result = result
+        self.parent: ParentImage | None = None
+        self.external: ExternalTree | None = None
+        self.empty_root = Node.directory()
+        self.dedup = Deduplication()
+
+    def load_others(self) -> None:
+        """Load the parent and the chunk dictionary; raise `BuildError`, `FormatError`."""
+        options = self.options
+        profile = Profile(options.chunk_size, options.source.keep_owners)
+        if options.parent_bootstrap is not None:
+            with self.result.timed("load_tree_from_bootstrap"):
+                self.parent = load_parent(options.parent_bootstrap, profile, options.digester)
+            self.dedup.table = BlobTable(self.parent.blobs)
+            self.dedup.known.update(self.parent.known)
+        if options.chunk_dict is not None:
+            with self.result.timed("import_chunk_dict"):
+                self.dedup.dictionary = load_dictionary(
+                    options.chunk_dict,
+                    profile,
+                    options.digester,
+                    () if self.parent is None else self.parent.blobs,
+                )
+
+    def store(self, source: Path | BinaryIO, outputs: _Outputs) -> tuple[Node, BlobWriter]:
+        """Put the content of the source into a blob; raise `BuildError`."""
+        options, form = self.options, _form(self.options)
+        writer = BlobWriter(outputs.blob or Discard(), form, outputs.cache)
+        with (
+            self.result.timed("build_tree"),
+            Chunker(writer, form, self.dedup, options.progress, options.workers) as chunker,
+        ):
+            root = self._load(source, chunker)
+            chunker.finish()
+        self.result.stats = chunker.stats
+        return root, writer
+
+    def refer(self, source: Path | BinaryIO, outputs: _Outputs) -> tuple[Node, BlobWriter]:
+        """Make tables for the content of the source, which stays there; raise `BuildError`."""
+        options, form = self.options, _form(self.options)
+        writer = ReferenceWriter(outputs.blob or Discard(), form, outputs.cache)
+        with (
+            self.result.timed("build_tree"),
+            ReferenceChunker(
+                writer, form, self.dedup, options.progress, options.workers
+            ) as chunker,
+        ):
+            root = load_layer(source, writer, chunker, options.chunk_size, options.source)
+            chunker.finish()
+        self.result.stats = chunker.stats
+        return root, writer
+
+    def _load(self, source: Path | BinaryIO, chunker: Chunker) -> Node:
+        """Read the source and feed its content to the chunker; raise `BuildError`."""
+        options, result = self.options, self.result
+        if options.source_type is SourceType.TAR:
+            with open_tar(source) as stream:
+                return load_tar(stream, source_name(source), chunker, options.source)
+        if not isinstance(source, Path):
+            raise BuildError("a directory is wanted, not a stream", path=source_name(source))
+        with result.timed("load_from_directory"):
+            directory = ScannedDirectory(source, options.source, lowest=self.parent is None)
+        result.scanned = directory.entries
+        self.empty_root = replace(directory.root, children={})
+        if options.attributes is not None:
+            self.external = split_external(
+                directory.root, options.attributes, options.chunk_size, options.digester
+            )
+        first: list[Node] = []
+        if options.prefetch_policy is PrefetchPolicy.BLOB:
+            first = files_below(directory.root, parse_patterns(options.prefetch_patterns))
+        directory.feed(chunker, first)
+        return directory.root
+
+    def combine(self, root: Node) -> Node:
+        """Lay the tree over the parent's, and settle what depends on the whole tree."""
+        chunk_size = self.options.chunk_size
+        if self.parent is None:
+            self.result.names = _settle_file_offsets(root, chunk_size)
+            return root
+        with self.result.timed("merge_bootstrap"):
+            root = self.parent.overlaid(root, self.options.source.whiteout_spec)
+        self.result.names = self.parent.settle_file_offsets(root, chunk_size)
+        return root
 
 
 def _settle_file_offsets(root: Node, chunk_size: int) -> int:
@@ -151,19 +182,21 @@ def _settle_file_offsets(root: Node, chunk_size: int) -> int:
     return names
 
 
-def _bootstrap(root: Node, blob: BlobEntry | None, options: BuildOptions) -> bytes:
+def _bootstrap(root: Node, blobs: list[BlobEntry], options: BuildOptions) -> bytes:
     prefetch: list[Node] = []
-    if blob is not None and options.prefetch_policy is PrefetchPolicy.FS:
+    if blobs and options.prefetch_policy is PrefetchPolicy.FS:
         prefetch = pattern_nodes(root, parse_patterns(options.prefetch_patterns))
     return write_bootstrap(
         BootstrapSpec(
             root=root,
-            blobs=[] if blob is None else [blob],
+            blobs=blobs,
             chunk_size=options.chunk_size,
             compressor=options.compressor,
             digester=options.digester,
             prefetch=prefetch,
             explicit_owners=options.source.keep_owners,
+            tarfs=options.source_type is SourceType.TARFS,
+            encrypted=options.encryption is not None,
         )
     )
 
@@ -181,8 +214,7 @@ def _seal_separate(
             blob_toc_digest=hashlib.sha256(toc).digest(),
             compressed_size=writer.position,
         )
-    blob_id = options.blob_id or writer.blob_id()
-    return entry._replace(blob_id=blob_id.encode("ascii"))
+    return writer.seal(entry, options.blob_id)
 
 
 def build(source: Path | BinaryIO, options: BuildOptions) -> BuildResult:
@@ -193,77 +225,149 @@ def build(source: Path | BinaryIO, options: BuildOptions) -> BuildResult:
 
     Raises:
         BuildError: an option, the source or an output is at fault; says where.
-        FormatError: the tree does not fit the format (for instance an unknown xattr).
+        FormatError: the tree does not fit the format (for instance an unknown xattr), or a
+            parent or dictionary is broken.
     """
-    _check_options(options)
-    result = BuildResult()
-    target = options.blob or options.blob_dir
-    if target is None:
-        raise BuildError("neither a blob nor a directory for it was given")
-    with result.timed("total_build"), OutputFile(target, BLOB_MODE) as output:
-        writer = BlobWriter(
-            output,
-            options.compressor,
-            options.digester,
-            options.chunk_size,
-            inline_bootstrap=options.inline_bootstrap,
-            toc=options.toc,
-        )
-        with (
-            result.timed("build_tree"),
-            Chunker(
-                writer,
-                options.compressor,
-                options.digester,
-                options.chunk_size,
-                options.progress,
-                options.workers,
-            ) as chunker,
-        ):
-            root = _load(source, options, chunker, result)
-            chunker.finish()
-        result.stats = chunker.stats
+    if options.blob_cache_dir is not None:
+        options = replace(options, compressor=Compressor.NONE)
+    check_options(options)
+    if options.source_type is SourceType.TARFS:
+        return _build_tarfs(source, options)
+    if options.source_type.is_reference:
+        # What is in a cache is not compressed, whatever the layer is.
+        compressor = Compressor.NONE if options.blob_cache_dir else Compressor.GZIP
+        options = replace(options, compressor=compressor, digester=Digester.SHA256)
+    result = BuildResult(compressor=options.compressor)
+    with result.timed("total_build"), _open_outputs(options) as outputs:
+        builder = _Builder(options, result)
+        builder.load_others()
+        if options.source_type.is_reference:
+            root, writer = builder.refer(source, outputs)
+        else:
+            root, writer = builder.store(source, outputs)
         result.blob_content_bytes = writer.content_size
-        result.names = _settle_file_offsets(root, options.chunk_size)
-        _finish(root, writer, output, options, result)
+        _finish(builder, builder.combine(root), writer, outputs)
     return result
 
 
-def _finish(
-    root: Node,
-    writer: BlobWriter,
-    output: OutputFile,
-    options: BuildOptions,
-    result: BuildResult,
+def _finish(builder: _Builder, root: Node, writer: BlobWriter, outputs: _Outputs) -> None:
+    with builder.result.timed("dump_blob"):
+        own = writer.finish_data()
+    if builder.options.inline_bootstrap:
+        _finish_inlined(builder, root, writer, own, outputs)
+    else:
+        _finish_separate(builder, root, writer, own, outputs)
+
+
+def _finish_inlined(
+    builder: _Builder, root: Node, writer: BlobWriter, own: BlobEntry | None, outputs: _Outputs
 ) -> None:
-    with result.timed("dump_blob"):
-        entry = writer.finish_data()
+    options, result = builder.options, builder.result
     with result.timed("build_bootstrap"):
-        if options.inline_bootstrap:
-            if entry is not None:
-                entry = entry._replace(blob_id=INLINED_BLOB_ID)
-            writer.write_bootstrap(_bootstrap(root, entry, options))
-            if options.toc:
-                writer.write_toc()
-        else:
-            entry = _seal_separate(writer, entry, options)
-            bootstrap = _bootstrap(root, entry, options)
-    result.blob_size = writer.position
-    with result.timed("dump_bootstrap"):
-        if options.inline_bootstrap:
-            name = writer.blob_id()
-            result.blobs = [name]
-            result.blob_path = output.commit(None if options.blob else name)
-            return
-        # Both are written before the first gets its name, so that a full disk leaves neither.
+        # A layer has its name already, whatever becomes of the tables.
+        if own is not None and not own.features & BlobFeatures.SEPARATE:
+            own = own._replace(blob_id=INLINED_BLOB_ID)
+        blobs = builder.dedup.table.entries(own)
+        _inline(writer, _bootstrap(root, blobs, options), options.toc)
+    with result.timed("dump_bootstrap"), ExitStack() as stack:
+        name, size = writer.inlined
+        is_own = [own is not None and blob.blob_id == own.blob_id for blob in blobs]
+        result.blobs = [name if own else blob.id for own, blob in zip(is_own, blobs, strict=True)]
+        if own is None:
+            # Without data there is still an object, which the table does not name.
+            result.blobs.append(name)
+        own_is_last = own is None or is_own[-1]
+        result.blob_size = size if own_is_last else blobs[-1].compressed_size
+        external = None
+        if options.external_blob is not None:
+            external = stack.enter_context(OutputFile(options.external_blob, BLOB_FILE_MODE))
+            _inline(BlobWriter(external, _form(options)), _external_bootstrap(builder), options.toc)
+            external.sync()
+        elif builder.external is not None:
+            raise BuildError("external files need --external-blob for their metadata")
+        result.blob_path = outputs.commit(writer.blob_id())
+        if external is not None:
+            external.commit()
+
+
+def _inline(writer: BlobWriter, bootstrap: bytes, toc: bool) -> None:
+    writer.write_bootstrap(bootstrap)
+    if toc:
+        writer.write_toc()
+
+
+def _finish_separate(
+    builder: _Builder, root: Node, writer: BlobWriter, own: BlobEntry | None, outputs: _Outputs
+) -> None:
+    """Write bootstraps and give everything its name.
+
+    All is written before the first gets its name, so that a full disk leaves nothing.
+    """
+    options, result = builder.options, builder.result
+    with result.timed("build_bootstrap"):
+        own = _seal_separate(writer, own, options)
+        blobs = builder.dedup.table.entries(own)
+        bootstrap = _bootstrap(root, blobs, options)
+    result.blobs = _names(blobs)
+    result.blob_size = blobs[-1].compressed_size if blobs else 0
+    with result.timed("dump_bootstrap"), ExitStack() as stack:
         target, mode, digest = _bootstrap_place(bootstrap, options.bootstrap, options.blob_dir)
-        with OutputFile(target, mode) as bootstrap_output:
-            bootstrap_output.write(bootstrap)
-            bootstrap_output.sync()
-            if entry is not None:
-                result.blobs = [entry.id]
-                result.blob_path = output.commit(None if options.blob else entry.id)
-            result.bootstrap = bootstrap_output.commit(digest)
+        main = _written(stack, target, mode, bootstrap)
+        external = None
+        if builder.external is not None:
+            path = _external_path(target, digest)
+            external = _written(stack, path, BOOTSTRAP_FILE_MODE, _external_bootstrap(builder))
+        if options.external_blob is not None:
+            # External content is where it is; who asks for a file gets one.
+            _written(stack, options.external_blob, BLOB_FILE_MODE, b"").commit()
+        if own is not None:
+            result.blob_path = outputs.commit(writer.file_name(own))
+        result.bootstrap = main.commit(digest)
+        if external is not None:
+            result.external_bootstrap = external.commit()
+
+
+def _written(stack: ExitStack, target: Path, mode: int, data: bytes) -> OutputFile:
+    """Return an output that holds `data` and only lacks its name."""
+    output = stack.enter_context(OutputFile(target, mode))
+    output.write(data)
+    output.sync()
+    return output
+
+
+def _external_path(target: Path, digest: str | None) -> Path:
+    """Return the path of the external bootstrap, beside the other one."""
+    return (target if digest is None else target / digest).with_suffix(EXTERNAL_SUFFIX)
+
+
+def _external_bootstrap(builder: _Builder) -> bytes:
+    external = builder.external
+    root, blobs = external if external is not None else (builder.empty_root, [])
+    builder.result.external_blobs = _names(blobs)
+    options = replace(builder.options, prefetch_policy=PrefetchPolicy.NONE, encryption=None)
+    return _bootstrap(root, blobs, options)
+
+
+def _names(blobs: list[BlobEntry]) -> list[str]:
+    return [blob.id for blob in blobs]
+
+
+def _build_tarfs(source: Path | BinaryIO, options: BuildOptions) -> BuildResult:
+    options = replace(options, compressor=Compressor.NONE, digester=Digester.SHA256)
+    result = BuildResult(compressor=options.compressor)
+    with result.timed("total_build"):
+        with result.timed("build_tree"):
+            index = index_tar(source, options.chunk_size, options.source, options.blob_id)
+        with result.timed("build_bootstrap"):
+            result.names = _settle_file_offsets(index.root, options.chunk_size)
+            blobs = [] if index.blob is None else [index.blob]
+            data = _bootstrap(index.root, blobs, options)
+        with result.timed("dump_bootstrap"):
+            result.bootstrap = write_bootstrap_file(data, options.bootstrap, options.blob_dir)
+    if index.blob is not None:
+        result.blobs = [index.blob.id]
+        result.blob_size = index.size
+    return result
 
 
 def _bootstrap_place(

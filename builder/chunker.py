@@ -9,15 +9,18 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
-from builder.blob import BlobWriter
-from erofs import Chunk, Node, codec, digest
-from erofs.rafs import Compressor, Digester
+from builder.blob import BlobFormat, BlobWriter, Stored
+from builder.blobtable import BlobTable
+from builder.chunkdict import ChunkDictionary
+from builder.packer import Packer
+from erofs import Chunk, Node, digest
 
-__all__ = ["Chunker", "ContentReader"]
+__all__ = ["Chunker", "ContentReader", "Deduplication", "Worked"]
 
 # A hop to another thread costs about 25 µs, so little chunks are worked on in place.
 INLINE_BYTES = 32 * 1024
@@ -31,13 +34,36 @@ class ContentReader(Protocol):
         """Fill as much of `buffer` as there is; raise when the source ends too early."""
 
 
-class _Worked(NamedTuple):
-    """A chunk that a worker has looked at; `compressed` None means "store it as it is"."""
+class Worked(NamedTuple):
+    """A chunk that a worker has looked at; `stored` is None where that is not needed yet."""
 
     data: bytearray
     digest: bytes
     crc32c: int
-    compressed: bytes | None
+    stored: Stored | None
+
+
+@dataclass(slots=True)
+class Deduplication:
+    """Which chunks need not be stored again.
+
+    Args:
+        table: numbers the blobs of the image.
+        dictionary: is asked first.
+        known: chunks of the image, by digest and uncompressed size; more are added.
+    """
+
+    table: BlobTable = field(default_factory=BlobTable)
+    dictionary: ChunkDictionary | None = None
+    known: dict[tuple[bytes, int], Chunk] = field(default_factory=dict)
+
+    def find(self, key: tuple[bytes, int]) -> Chunk | None:
+        """Return the chunk to refer to, None for a new one."""
+        if self.dictionary is not None:
+            found = self.dictionary.find(*key, self.table)
+            if found is not None:
+                return found
+        return self.known.get(key)
 
 
 @dataclass(slots=True)
@@ -58,6 +84,8 @@ class Chunker:
 
     Args:
         blob: takes the new chunks.
+        form: how they are digested and stored.
+        dedup: what is known before.
         progress: called with the number of bytes after each chunk.
         workers: threads; the output does not depend on it.
     """
@@ -65,21 +93,18 @@ class Chunker:
     def __init__(
         self,
         blob: BlobWriter,
-        compressor: Compressor,
-        digester: Digester,
-        chunk_size: int,
+        form: BlobFormat,
+        dedup: Deduplication | None = None,
         progress: Callable[[int], None] | None = None,
         workers: int | None = None,
     ) -> None:
-        self._blob = blob
-        self._compressor = compressor
-        self._digester = digester
-        self._chunk_size = chunk_size
+        self._form = form
+        self._dedup = dedup or Deduplication()
         self._progress = progress
-        self._known: dict[tuple[bytes, int], Chunk] = {}
-        self._queue: deque[tuple[Node, int, Future[_Worked] | _Worked]] = deque()
+        self._queue: deque[tuple[Node, int, Future[Worked] | Worked]] = deque()
         self._in_flight = 0
         self._pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, "chunker")
+        self._packer = Packer(blob, form, self._pool)
         self.stats = ChunkerStats()
 
     def add_file(self, node: Node, content: ContentReader) -> None:
@@ -88,32 +113,32 @@ class Chunker:
         Raises:
             BuildError: the content ends early or cannot be read.
         """
-        rest = node.size
+        rest, chunk_size = node.size, self._form.chunk_size
+        is_small = rest < self._form.batch_size // 2
         while rest:
-            size = min(rest, self._chunk_size)
+            size = min(rest, chunk_size)
             data = bytearray(size)
             content.readinto(memoryview(data))
-            self._submit(node, data)
+            self._submit(node, data, partial(self._work, data, is_small))
             rest -= size
 
-    def _submit(self, node: Node, data: bytearray) -> None:
-        job: Future[_Worked] | _Worked
-        if len(data) <= INLINE_BYTES:
-            job = self._work(data)
-        else:
-            job = self._pool.submit(self._work, data)
+    def _submit(self, node: Node, data: bytearray, work: Callable[[], Worked]) -> None:
+        job: Future[Worked] | Worked
+        job = work() if len(data) <= INLINE_BYTES else self._pool.submit(work)
         self._queue.append((node, len(data), job))
         self._in_flight += len(data)
         while self._in_flight > IN_FLIGHT_BYTES or (self._queue and _is_done(self._queue[0][2])):
             self._consume()
 
-    def _work(self, data: bytearray) -> _Worked:
+    def _work(self, data: bytearray, is_small: bool) -> Worked:
         view = memoryview(data)
-        name = digest.digest(self._digester, view)
+        name = digest.digest(self._form.digester, view)
         # Chunks only ever become known, so a hit here stays one; a miss is looked at again.
-        if (name, len(data)) in self._known:
-            return _Worked(data, name, 0, None)
-        return _Worked(data, name, digest.crc32c(view), codec.compress(self._compressor, view))
+        if (name, len(data)) in self._dedup.known:
+            return Worked(data, name, 0, None)
+        # What goes into a batch is encoded with it.
+        stored = None if is_small else self._form.encode(view)
+        return Worked(data, name, digest.crc32c(view), stored)
 
     def _consume(self) -> None:
         node, size, job = self._queue.popleft()
@@ -122,12 +147,9 @@ class Chunker:
         self.stats.chunks += 1
         self.stats.content_bytes += size
         key = (worked.digest, size)
-        chunk = self._known.get(key)
+        chunk = self._dedup.find(key)
         if chunk is None:
-            chunk = self._blob.append_chunk(
-                worked.data, worked.compressed, worked.digest, worked.crc32c
-            )
-            self._known[key] = chunk
+            chunk = self._dedup.known[key] = self._new_chunk(worked)
         else:
             self.stats.duplicate_chunks += 1
             self.stats.duplicate_bytes += size
@@ -135,10 +157,30 @@ class Chunker:
         if self._progress is not None:
             self._progress(size)
 
+    def _new_chunk(self, worked: Worked) -> Chunk:
+        chunk = Chunk(
+            digest=worked.digest,
+            blob_index=self._dedup.table.own(),
+            flags=0,
+            compressed_size=0,
+            uncompressed_size=len(worked.data),
+            compressed_offset=0,
+            uncompressed_offset=0,
+            file_offset=0,
+            chunk_index=0,
+            crc32c=worked.crc32c,
+        )
+        if worked.stored is None:
+            self._packer.add_small(chunk, worked.data)
+        else:
+            self._packer.add(chunk, worked.data, worked.stored)
+        return chunk
+
     def finish(self) -> None:
         """Wait for all chunks to be in the blob."""
         while self._queue:
             self._consume()
+        self._packer.finish()
 
     def __enter__(self) -> Self:
         return self
@@ -152,5 +194,5 @@ class Chunker:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _is_done(job: Future[_Worked] | _Worked) -> bool:
+def _is_done(job: Future[Worked] | Worked) -> bool:
     return not isinstance(job, Future) or job.done()

@@ -7,31 +7,23 @@ backend of `fscache.backend`.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Protocol
 
-from erofs import Chunk, CorruptStructure, IntegrityError, UnsupportedFeature, codec, digest
+from erofs import Chunk, CorruptStructure, IntegrityError, UnsupportedFeature, digest
+from erofs.blobcheck import read_compression_table
+from erofs.citable import CompressionTable
 from erofs.errors import error_context
-from erofs.rafs import (
-    MAX_CHUNK_SIZE,
-    BlobEntry,
-    BlobFeatures,
-    ChunkFlags,
-    Compressor,
-    Digester,
-)
+from erofs.rafs import MAX_CHUNK_SIZE, BlobEntry, BlobFeatures, ChunkFlags, Digester
+from erofs.stored import StoredData
 from erofs.view import ReadAt
 from fscache.backend.retry import RetryPolicy
 
 __all__ = ["BlobProvider", "ChunkReader", "read_chunk", "require_plain"]
 
-_UNSUPPORTED = (
-    BlobFeatures.BATCH
-    | BlobFeatures.ZRAN
-    | BlobFeatures.ENCRYPTED
-    | BlobFeatures.TARFS
-    | BlobFeatures.EXTERNAL
-)
+_UNSUPPORTED = BlobFeatures.ZRAN | BlobFeatures.EXTERNAL
+_KNOWN_FLAGS = ChunkFlags.COMPRESSED | ChunkFlags.ENCRYPTED | ChunkFlags.HAS_CRC
 
 
 class BlobProvider(Protocol):
@@ -42,7 +34,7 @@ class BlobProvider(Protocol):
 
 
 def require_plain(blob: BlobEntry) -> None:
-    """Raise `UnsupportedFeature` unless the chunks lie in the blob one by one."""
+    """Raise `UnsupportedFeature` unless the blob itself has its chunks."""
     found = BlobFeatures(blob.features) & _UNSUPPORTED
     if found:
         kinds = ", ".join((feature.name or "").lower() for feature in found)
@@ -50,33 +42,78 @@ def require_plain(blob: BlobEntry) -> None:
 
 
 def read_chunk(reader: ReadAt, blob: BlobEntry, chunk: Chunk) -> bytes | memoryview:
-    """Return the content of a chunk, whose length and digest are right.
+    """Return the content of a chunk, whose length and digest are right; a tar has no digests.
 
     Raises:
         CorruptStructure: the bootstrap gives it impossible sizes.
-        UnsupportedFeature: it is encrypted, in a batch, or a hole.
-        CodecError: it does not decompress.
+        UnsupportedFeature: it is in a batch, or a hole.
+        CodecError: it does not decrypt or decompress.
         IntegrityError: it is not what the bootstrap promises.
         NydusError: what `reader` raises.
     """
     size, stored_size = chunk.uncompressed_size, chunk.compressed_size
     with error_context(blob=blob.id, chunk=chunk.chunk_index, offset=chunk.compressed_offset):
-        if chunk.flags & ~(ChunkFlags.COMPRESSED | ChunkFlags.HAS_CRC):
+        if chunk.flags & ~_KNOWN_FLAGS:
             raise UnsupportedFeature("reading a chunk of this kind", got=f"flags {chunk.flags:#x}")
         is_compressed = bool(chunk.flags & ChunkFlags.COMPRESSED)
+        is_encrypted = bool(chunk.flags & ChunkFlags.ENCRYPTED)
         if not 0 < size <= blob.chunk_size or not 0 < stored_size <= MAX_CHUNK_SIZE:
             raise CorruptStructure("chunk of an impossible size", got=f"{stored_size}/{size}")
-        if not is_compressed and stored_size != size:
+        if not is_compressed and not is_encrypted and stored_size != size:
             raise CorruptStructure("stored size of a plain chunk", expected=size, got=stored_size)
-        data = reader.read_at(chunk.compressed_offset, stored_size)
-        if is_compressed:
-            data = codec.decompress(Compressor(blob.compressor), data, size)
-        found = digest.digest(Digester(blob.digester), data)
-        if found != chunk.digest:
-            raise IntegrityError(
-                "chunk has another digest", expected=chunk.digest.hex(), got=found.hex()
-            )
+        stored = reader.read_at(chunk.compressed_offset, stored_size)
+        if blob.features & BlobFeatures.TARFS:
+            return stored
+        data = StoredData(blob).chunk(
+            stored, size, compressed=is_compressed, encrypted=is_encrypted
+        )
+        _verify(blob, chunk, data)
     return data
+
+
+def _verify(blob: BlobEntry, chunk: Chunk, data: bytes | memoryview) -> None:
+    found = digest.digest(Digester(blob.digester), data)
+    if found != chunk.digest:
+        raise IntegrityError(
+            "chunk has another digest", expected=chunk.digest.hex(), got=found.hex()
+        )
+
+
+class _BatchedBlob:
+    """A blob with batches: only its own table knows where their chunks are (spec 2.5)."""
+
+    def __init__(self, entry: BlobEntry, reader: ReadAt) -> None:
+        self._entry = entry
+        self._reader = reader
+        self._data = StoredData(entry)
+        self._table: CompressionTable | None = None
+        self._offsets: list[int] = []
+        self._batch: tuple[int, bytes | memoryview] | None = None
+
+    def read(self, chunk: Chunk) -> bytes | memoryview:
+        """Return the verified content of a chunk; raise `NydusError`."""
+        with error_context(blob=self._entry.id, chunk=chunk.chunk_index):
+            if self._table is None:
+                self._table = read_compression_table(self._reader, self._entry)
+                self._offsets = [entry.uncompressed_offset for entry in self._table.entries]
+            # Not by index: that of a generated dictionary is its own (spec 4.12).
+            index = bisect_left(self._offsets, chunk.uncompressed_offset)
+            info = chunk.info()._replace(chunk_index=index)
+            if index == len(self._offsets) or not self._table.agrees(info):
+                raise CorruptStructure("bootstrap and blob place a chunk differently")
+            data = self._content(self._table, index)
+            _verify(self._entry, chunk, data)
+        return data
+
+    def _content(self, table: CompressionTable, index: int) -> bytes | memoryview:
+        number = table.batch_of(index)
+        if number is None:
+            stored = self._reader.read_at(*table.stored_range(index))
+            return self._data.entry(table, index, stored)
+        if self._batch is None or self._batch[0] != number:
+            stored = self._reader.read_at(*table.stored_range(index))
+            self._batch = number, self._data.batch(table.batches[number], stored)
+        return table.cut(index, self._batch[1])
 
 
 class ChunkReader:
@@ -99,7 +136,7 @@ class ChunkReader:
         ]
         self._ids = ids
         self._provider = provider
-        self._readers: dict[int, ReadAt] = {}
+        self._readers: dict[int, ReadAt | _BatchedBlob] = {}
         self._policy = RetryPolicy()
         self._stop = threading.Event()
         # A file of zeros has one chunk many times over.
@@ -109,11 +146,19 @@ class ChunkReader:
         """Return the verified content of a chunk; raise as `read_chunk` does."""
         if self._last is not None and self._last[0] is chunk:
             return self._last[1]
-        index = chunk.blob_index
-        reader = self._readers.get(index)
-        if reader is None:
-            reader = self._readers[index] = self._provider.open(self._ids[index])
-        blob = self._blobs[index]
-        data = self._policy.run(lambda: read_chunk(reader, blob, chunk), self._stop)
+        data = self._policy.run(lambda: self._read(chunk), self._stop)
         self._last = (chunk, data)
         return data
+
+    def _read(self, chunk: Chunk) -> bytes | memoryview:
+        index = chunk.blob_index
+        blob = self._blobs[index]
+        reader = self._readers.get(index)
+        if reader is None:
+            reader = self._provider.open(self._ids[index])
+            if blob.features & BlobFeatures.BATCH:
+                reader = _BatchedBlob(blob, reader)
+            self._readers[index] = reader
+        if isinstance(reader, _BatchedBlob):
+            return reader.read(chunk)
+        return read_chunk(reader, blob, chunk)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from erofs.errors import NydusError
 
-__all__ = ["BuildError"]
+__all__ = ["BuildError", "TarError"]
 
 
 class BuildError(NydusError):
@@ -13,3 +13,7 @@ class BuildError(NydusError):
     `path` names the source (host path or what the user called it), `entry` the
     in-image path that the error is about.
     """
+
+
+class TarError(BuildError):
+    """An archive that is damaged, or that uses what is not supported."""

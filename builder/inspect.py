@@ -15,14 +15,13 @@ from builder.listing import (
     flag_names,
     quoted,
     readable,
-    sectors,
     unsigned,
 )
 from builder.report import COMPRESSOR_NAMES
-from erofs import Bootstrap, Inode
-from erofs.check import chunk_data_size
+from erofs import AnyBootstrap, AnyInode
+from erofs.base import BlobHint
+from erofs.blobmeta import chunk_data_size
 from erofs.rafs import (
-    PREFETCH_ENTRY_SIZE,
     BlobEntry,
     BlobFeatures,
     ChunkInfo,
@@ -47,7 +46,6 @@ HELP = """
 """  # noqa: E501, W293 -- the real tool's text
 _DIGESTERS = {Digester.BLAKE3: "Blake3", Digester.SHA256: "Sha256"}
 _CIPHERS = {Cipher.NONE: "None", Cipher.AES_128_XTS: "Aes128Xts"}
-_RAFS_VERSION = 6
 _CHUNK_FILE_WIDTH = 32
 _NUMBER_DIGITS = 20
 
@@ -81,7 +79,7 @@ class Inspector:
         ids: as `builder.bootstrap.blob_ids` gives them.
     """
 
-    def __init__(self, image: Bootstrap, ids: Sequence[str]) -> None:
+    def __init__(self, image: AnyBootstrap, ids: Sequence[str]) -> None:
         self._image = image
         self._ids = ids
         self._places = [_Place(b"/", image.root.nid)]
@@ -112,23 +110,22 @@ class Inspector:
         return None if with_argument is None else with_argument(argument)
 
     def _stats(self) -> Answer:
-        image, extended = self._image, self._image.extended
-        entries = extended.prefetch_table_size // PREFETCH_ENTRY_SIZE
+        image, tables = self._image, self._image.tables
         rows = {
-            "Version:": _RAFS_VERSION,
-            "Inodes Count:": image.superblock.inos,
+            "Version:": image.version,
+            "Inodes Count:": image.inode_count,
             "Chunk Size:": f"{image.chunk_size // 1024}KB",
-            "Root Inode:": image.superblock.root_nid,
+            "Root Inode:": image.root.nid,
             "Flags:": flag_names(image.flags),
-            "Blob table offset:": f"{extended.blob_table_offset:#x}",
-            "Blob table size:": f"{extended.blob_table_size:#x}",
-            "Prefetch table offset:": f"{extended.prefetch_table_offset:#x}",
-            "Prefetch table entries:": f"{entries:#x}",
-            "Chunk table offset:": f"{extended.chunk_table_offset:#x}",
-            "Chunk table size:": f"{extended.chunk_table_size:#x}",
+            "Blob table offset:": f"{tables.blob_offset:#x}",
+            "Blob table size:": f"{tables.blob_size:#x}",
+            "Prefetch table offset:": f"{tables.prefetch_offset:#x}",
+            "Prefetch table entries:": f"{tables.prefetch_entries:#x}",
+            "Chunk table offset:": f"{tables.chunk_offset:#x}",
+            "Chunk table size:": f"{tables.chunk_size:#x}",
         }
         lines = "".join(f"    {key:<23} {value}\n" for key, value in rows.items())
-        return Answer(f"\n{lines}    \n", {"inodes_count": image.superblock.inos})
+        return Answer(f"\n{lines}    \n", {"inodes_count": image.inode_count})
 
     def _ls(self) -> Answer:
         lines = []
@@ -140,7 +137,7 @@ class Inspector:
             lines.append(f"{sign}    {nid:<8} {quoted(name)}\n")
         return Answer("".join(lines))
 
-    def _here(self) -> Inode:
+    def _here(self) -> AnyInode:
         return self._image.inode(self._places[-1].nid)
 
     def _cd(self, name: bytes) -> Answer:
@@ -173,8 +170,8 @@ class Inspector:
             text += "  Chunk list:\n" + "".join(self._chunk_list(inode))
         return Answer(text)
 
-    def _chunk_list(self, inode: Inode) -> Iterator[str]:
-        for number, chunk in enumerate(self._image.file_chunks(inode)):
+    def _chunk_list(self, inode: AnyInode) -> Iterator[str]:
+        for number, chunk in enumerate(inode.file_chunks()):
             yield (
                 f"        {number} ->\n"
                 f"        file offset: {number * self._image.chunk_size},"
@@ -189,18 +186,18 @@ class Inspector:
             )
 
     def _blobs(self) -> Answer:
+        blobs, hints = self._image.blobs, self._image.blob_hints
         values = [
             {
                 "blob_id": blob_id,
                 "compressed_size": blob.compressed_size,
                 "decompressed_size": blob.uncompressed_size,
-                "readahead_offset": 0,
-                "readahead_size": 0,
+                "readahead_offset": hint.readahead_offset,
+                "readahead_size": hint.readahead_size,
             }
-            for blob_id, blob in zip(self._ids, self._image.blobs, strict=True)
+            for blob_id, blob, hint in zip(self._ids, blobs, hints, strict=True)
         ]
-        addresses = [device.mapped_blkaddr for device in self._image.devices]
-        texts = map(_blob_text, self._ids, self._image.blobs, addresses)
+        texts = map(_blob_text, self._ids, blobs, hints)
         return Answer("".join(texts), values)
 
     def _prefetch(self) -> Answer:
@@ -228,7 +225,7 @@ class Inspector:
             self._chunk_text(path, chunk)
             for path, inode in self._image.walk()
             if inode.is_regular
-            for chunk in self._image.file_chunks(inode)
+            for chunk in inode.file_chunks()
             if chunk.compressed_offset == offset
         ]
         return Answer("".join(texts))
@@ -274,7 +271,7 @@ def _number(argument: bytes, complaint: str) -> int:
     return int(argument)
 
 
-def _stat_text(name: bytes, inode: Inode, parent: int) -> str:
+def _stat_text(name: bytes, inode: AnyInode, parent: int) -> str:
     rows = {
         "Inode Number:": inode.nid,
         "Name:": quoted(name),
@@ -287,12 +284,12 @@ def _stat_text(name: bytes, inode: Inode, parent: int) -> str:
         "GID:": inode.gid,
         "Mtime:": unsigned(inode.mtime),
         "MtimeNsec:": inode.mtime_nsec,
-        "Blocks:": sectors(inode.size),
+        "Blocks:": inode.sectors,
     }
     return "\n" + "".join(f"{key:<19} {value}\n" for key, value in rows.items())
 
 
-def _blob_text(blob_id: str, blob: BlobEntry, mapped_blkaddr: int) -> str:
+def _blob_text(blob_id: str, blob: BlobEntry, hint: BlobHint) -> str:
     rows = {
         "Blob Index:": blob.blob_index,
         "Blob ID:": blob_id,
@@ -300,15 +297,15 @@ def _blob_text(blob_id: str, blob: BlobEntry, mapped_blkaddr: int) -> str:
         "Blob Size:": blob.compressed_size,
         "Compressed Data Size:": chunk_data_size(blob),
         "Uncompressed Data Size:": blob.uncompressed_size,
-        "Mapped Block Address:": mapped_blkaddr,
+        "Mapped Block Address:": hint.mapped_blkaddr,
         "Features:": flag_names(BlobFeatures(blob.features)),
         "Compressor:": COMPRESSOR_NAMES[Compressor(blob.compressor)],
         "Digester:": _DIGESTERS[Digester(blob.digester)],
         "Cipher:": _CIPHERS[Cipher(blob.cipher)],
         "Chunk Size:": f"{blob.chunk_size:#x}",
         "Chunk Count:": blob.chunk_count,
-        "Prefetch Table Offset:": 0,
-        "Prefetch Table Size:": 0,
+        "Prefetch Table Offset:": hint.readahead_offset,
+        "Prefetch Table Size:": hint.readahead_size,
         "Meta Compressor:": COMPRESSOR_NAMES[Compressor(blob.ci_compressor)],
         "Meta Offset:": blob.ci_offset,
         "Meta Compressed Size:": blob.ci_compressed_size,

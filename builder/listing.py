@@ -10,8 +10,9 @@ import stat
 import unicodedata
 from collections.abc import Iterator, Sequence
 from enum import Flag
+from typing import NamedTuple
 
-from erofs import Bootstrap, Inode
+from erofs import AnyBootstrap, AnyInode, InodeV5
 from erofs.rafs import BlobEntry, BlobFeatures, ChunkInfo
 
 __all__ = [
@@ -23,13 +24,11 @@ __all__ = [
     "log_features",
     "quoted",
     "readable",
-    "sectors",
     "unsigned",
 ]
 
 logger = logging.getLogger(__name__)
 
-SECTOR_SIZE = 512
 _ESCAPES = {"\0": "\\0", "\t": "\\t", "\n": "\\n", "\r": "\\r", '"': '\\"', "\\": "\\\\"}
 _COMBINING = frozenset({"Mn", "Me"})
 # In the order in which the real tool prints them.
@@ -77,27 +76,23 @@ def unsigned(seconds: int) -> int:
     return seconds & 0xFFFFFFFFFFFFFFFF
 
 
-def sectors(size: int) -> int:
-    """Return what stat calls blocks, in units of 512 bytes."""
-    return -(-size // SECTOR_SIZE)
-
-
 def flag_names(flags: Flag) -> str:
-    """Return the names of set flags, `A | B`."""
-    return " | ".join(flag.name or "" for flag in flags)
+    """Return the names of set flags, `A | B`, as Rust's bitflags show them."""
+    return " | ".join(flag.name or "" for flag in flags) or "(empty)"
 
 
-def log_features(image: Bootstrap) -> None:
+def log_features(image: AnyBootstrap) -> None:
     """Log what the superblock says of the whole image."""
-    logger.info("RAFS features: %s", flag_names(image.flags))
+    what = "RAFS v5 super block features" if image.version == 5 else "RAFS features"
+    logger.info("%s: %s", what, flag_names(image.flags))
 
 
-def child_entries(inode: Inode) -> list[tuple[bytes, int]]:
+def child_entries(inode: AnyInode) -> list[tuple[bytes, int]]:
     """Return (name, nid) of what is in a directory; raise `FormatError`."""
     return [(e.name, e.nid) for e in inode.entries() if e.name not in (b".", b"..")]
 
 
-def _kind(inode: Inode) -> str:
+def _kind(inode: AnyInode) -> str:
     if inode.is_dir:
         return "dir"
     if inode.is_symlink:
@@ -107,7 +102,26 @@ def _kind(inode: Inode) -> str:
     return ""
 
 
-def _child_count(image: Bootstrap, inode: Inode) -> int:
+class _Stored(NamedTuple):
+    """Fields of v5's inodes, for v6 with what the real tool makes up."""
+
+    child_index: int
+    child_count: int
+    name_size: int
+    symlink_size: int
+
+
+def _stored(image: AnyBootstrap, path: bytes, inode: AnyInode) -> _Stored:
+    if isinstance(inode, InodeV5):
+        record = inode.record
+        return _Stored(
+            record.child_index, record.child_count, record.name_size, record.symlink_size
+        )
+    name_size = len(path.rsplit(b"/", 1)[1]) or 1
+    return _Stored(0, _child_count(image, inode), name_size, inode.size & 0xFFFF)
+
+
+def _child_count(image: AnyBootstrap, inode: AnyInode) -> int:
     """Return the number of children, or of chunks; the target of a symlink counts as content."""
     if inode.is_dir:
         return len(child_entries(inode))
@@ -115,16 +129,17 @@ def _child_count(image: Bootstrap, inode: Inode) -> int:
     return 0 if is_special else -(-inode.size // image.chunk_size)
 
 
-def _inode_line(image: Bootstrap, path: bytes, inode: Inode) -> str:
-    name_size = len(path.rsplit(b"/", 1)[1]) or 1
+def _inode_line(image: AnyBootstrap, path: bytes, inode: AnyInode) -> str:
+    stored = _stored(image, path, inode)
     link = f"Some({quoted(inode.readlink())})" if inode.is_symlink else "None"
     has_xattr = "true" if inode.xattr_size else "false"
     return (
         f"inode: {_kind(inode)} {quoted(path)}: index 0 ino {inode.nid} real_ino {inode.nid}"
-        f" child_index 0 child_count {_child_count(image, inode)} i_nlink {inode.nlink}"
-        f" i_size {inode.size} i_blocks {sectors(inode.size)} i_name_size {name_size}"
-        f" i_symlink_size {inode.size & 0xFFFF} has_xattr {has_xattr} link {link}"
-        f" i_mtime {unsigned(inode.mtime)} i_mtime_nsec {inode.mtime_nsec}"
+        f" child_index {stored.child_index} child_count {stored.child_count}"
+        f" i_nlink {inode.nlink} i_size {inode.size} i_blocks {inode.sectors}"
+        f" i_name_size {stored.name_size} i_symlink_size {stored.symlink_size}"
+        f" has_xattr {has_xattr} link {link} i_mtime {unsigned(inode.mtime)}"
+        f" i_mtime_nsec {inode.mtime_nsec}"
     )
 
 
@@ -138,12 +153,12 @@ def _chunk_line(chunk: ChunkInfo) -> str:
     )
 
 
-def inode_lines(image: Bootstrap) -> Iterator[str]:
+def inode_lines(image: AnyBootstrap) -> Iterator[str]:
     """Yield a line for each name, depth first, and one for each chunk; raise `FormatError`."""
     for path, inode in image.walk():
         yield _inode_line(image, path, inode)
-        if inode.is_regular and not image.is_tarfs:
-            yield from map(_chunk_line, image.file_chunks(inode))
+        if inode.is_regular:
+            yield from map(_chunk_line, inode.file_chunks())
 
 
 def blob_line(number: int, blob_id: str, blob: BlobEntry) -> str:
@@ -156,6 +171,6 @@ def blob_line(number: int, blob_id: str, blob: BlobEntry) -> str:
     )
 
 
-def blob_lines(image: Bootstrap, ids: Sequence[str]) -> list[str]:
+def blob_lines(image: AnyBootstrap, ids: Sequence[str]) -> list[str]:
     """Return a line for each blob; `ids` as `builder.bootstrap.blob_ids` gives them."""
     return [blob_line(*item) for item in zip(range(len(ids)), ids, image.blobs, strict=True)]

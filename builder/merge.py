@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from builder.bootstrap import load_tree, open_any_bootstrap
-from builder.build import BuildResult, write_bootstrap_file
+from builder.build import write_bootstrap_file
+from builder.chunkdict import foreign_blobs
+from builder.consistency import Profile, profile_of, require_profile
 from builder.errors import BuildError
-from builder.overlay import apply_layer, iter_nodes
+from builder.options import BuildResult
+from builder.overlay import apply_layer
 from builder.prefetch import PrefetchPolicy, parse_patterns, pattern_nodes
 from builder.source.options import WhiteoutSpec
-from erofs import Bootstrap, BootstrapSpec, Node, write_bootstrap
+from erofs import AnyBootstrap, Bootstrap, BootstrapSpec, Node, write_bootstrap
 from erofs.rafs import BlobEntry, BlobFeatures, Compressor, SuperFlags
 from erofs.tree import iter_names
 
@@ -34,11 +37,19 @@ class MergeOptions:
     The lists hold one item for each source, or are empty: `original_blob_ids` and
     `blob_digests` name the blobs in place of the source's file name, `blob_sizes` and
     `blob_toc_sizes` are in bytes.
+
+    Args:
+        chunk_dict: bootstrap whose blobs do not count as a layer's own.
+        keep_ids: blobs are called as the bootstraps say, not as their files.
+        inlined: a source may be a blob that carries its bootstrap.
     """
 
     bootstrap: Path | None = None
     blob_dir: Path | None = None
     parent_bootstrap: Path | None = None
+    chunk_dict: Path | None = None
+    keep_ids: bool = False
+    inlined: bool = False
     whiteout_spec: WhiteoutSpec = WhiteoutSpec.OCI
     prefetch_policy: PrefetchPolicy = PrefetchPolicy.NONE
     prefetch_patterns: Sequence[bytes] = ()
@@ -50,38 +61,72 @@ class MergeOptions:
 
 
 @dataclass(slots=True)
-class _Layer:
-    """A source: its tree, and its blob table as the result will have it."""
-
-    tree: Node
-    blobs: list[BlobEntry]
-
-
-@dataclass(slots=True)
 class _Merger:
-    options: MergeOptions
-    first: Bootstrap | None = None
-    last: Bootstrap | None = None
-    layers: list[_Layer] = field(default_factory=list)
+    """The layers so far: their tree, and all blobs, numbered as they came.
 
-    def add(self, image: Bootstrap, path: Path, number: int | None) -> None:
-        """Take one bootstrap; `number` is the place among the sources, None for the parent."""
-        if self.first is not None:
-            _require_same(self.first, image, path)
-        self.first = self.first or image
-        self.last = image
-        if image.is_tarfs:
-            raise BuildError("tarfs bootstraps cannot be merged by this version", path=path)
-        blobs = list(image.blobs)
+    `blobs` has them by the ids that their layers use, under the names that they will have.
+    """
+
+    options: MergeOptions
+    profile: Profile | None = None
+    last: Bootstrap | None = None
+    root: Node | None = None
+    blobs: dict[bytes, BlobEntry] = field(default_factory=dict)
+    is_encrypted: bool = False
+    # Ids of the blobs that a layer only refers to.
+    shared: frozenset[bytes] = frozenset()
+
+    def _fitting(self, opened: AnyBootstrap, path: Path) -> Bootstrap:
+        """Return an image that can be in one with those before it."""
+        self.profile = self.profile or profile_of(opened)
+        return require_profile(self.profile, opened, path, InconsistentLayers)
+
+    def take_dictionary(self, opened: AnyBootstrap, path: Path) -> None:
+        """Learn which blobs do not count as a layer's own; raise `BuildError`."""
+        image = self._fitting(opened, path)
+        self.shared = frozenset(blob.blob_id for blob in foreign_blobs(image, path))
+
+    def add(self, opened: AnyBootstrap, path: Path, number: int | None) -> None:
+        """Lay one bootstrap on top; `number` is its place among the sources, None for the parent.
+
+        Raises:
+            BuildError: it does not fit those below it.
+            FormatError: it is broken.
+        """
+        image = self._fitting(opened, path)
+        for given, name in (
+            (self.options.parent_bootstrap, "parent"),
+            (self.options.chunk_dict, "chunk dictionary"),
+        ):
+            if image.is_tarfs and given is not None:
+                raise BuildError(f"tarfs bootstraps cannot be merged with a {name}", path=path)
+        if SuperFlags.ENCRYPTION_ASE_128_XTS in image.flags:
+            self.is_encrypted = True
+        blobs = foreign_blobs(image, path)
+        ids = [blob.blob_id for blob in blobs]
         if number is not None:
-            if len(blobs) > 1:
-                raise BuildError("a layer may have one blob", path=path, got=len(blobs))
-            blobs = [self._renamed(blob, path, number) for blob in blobs]
-        self.layers.append(_Layer(load_tree(image), blobs))
+            own = [blob.blob_index for blob in blobs if blob.blob_id not in self.shared]
+            if len(own) > 1:
+                raise BuildError(
+                    "a layer may have one blob besides those of a chunk dictionary",
+                    path=path,
+                    got=len(own),
+                )
+            for index in own:
+                blobs[index] = self._renamed(blobs[index], path, number)
+        for blob_id, blob in zip(ids, blobs, strict=True):
+            self.blobs.setdefault(blob_id, blob)
+        places = {blob_id: place for place, blob_id in enumerate(self.blobs)}
+        tree = load_tree(image, [places[blob_id] for blob_id in ids])
+        if self.root is not None:
+            tree = apply_layer(self.root, tree, self.options.whiteout_spec)
+        self.root, self.last = tree, image
 
     def _renamed(self, blob: BlobEntry, path: Path, number: int) -> BlobEntry:
         options = self.options
-        name = path.name.split(".", 1)[0]
+        # The name of a tar is in its bootstrap, whatever the file is called (spec 5.4).
+        is_named = options.keep_ids or blob.features & BlobFeatures.TARFS
+        name = blob.id if is_named else path.name.split(".", 1)[0]
         if options.original_blob_ids:
             name = options.original_blob_ids[number]
         separate = bool(blob.features & BlobFeatures.SEPARATE)
@@ -103,49 +148,36 @@ class _Merger:
         blob_id = name.encode("utf-8", "surrogateescape")
         if not 0 < len(blob_id) <= 64:
             raise BuildError("blob id of 1 to 64 bytes is needed", path=path, got=name)
-        features = blob.features & ~BlobFeatures.INLINED_FS_META
-        return blob._replace(blob_id=blob_id, features=features)
+        return blob._replace(blob_id=blob_id)
 
-    def combine(self) -> tuple[Node, list[BlobEntry]]:
-        """Return the merged tree and the blobs it refers to, in order of first reference."""
-        root = self.layers[0].tree
-        tables: dict[int, BlobEntry] = {}
-        for layer in self.layers:
-            for node in iter_nodes(layer.tree):
-                for chunk in node.chunks:
-                    tables.setdefault(id(chunk), layer.blobs[chunk.blob_index])
-        for layer in self.layers[1:]:
-            root = apply_layer(root, layer.tree, self.options.whiteout_spec)
-        numbers: dict[bytes, int] = {}
-        blobs: list[BlobEntry] = []
+    def used_blobs(self, root: Node) -> list[BlobEntry]:
+        """Number the blobs in order of first reference and return those that are used.
+
+        Raises:
+            BuildError: two different ones have one name.
+        """
+        known = list(self.blobs.values())
+        numbers: dict[int, int] = {}
+        table: dict[bytes, BlobEntry] = {}
         settled: set[int] = set()
         for _, _, node in iter_names(root):
             for chunk in node.chunks:
                 if id(chunk) in settled:
                     continue
                 settled.add(id(chunk))
-                blob = tables[id(chunk)]
-                number = numbers.setdefault(blob.blob_id, len(blobs))
-                if number == len(blobs):
-                    blobs.append(blob._replace(blob_index=number))
+                number = numbers.get(chunk.blob_index)
+                if number is None:
+                    number = numbers[chunk.blob_index] = _enter(table, known[chunk.blob_index])
                 chunk.blob_index = number
-        return root, blobs
+        return list(table.values())
 
 
-def _require_same(first: Bootstrap, other: Bootstrap, path: Path) -> None:
-    checks = {
-        "chunk_size": (first.chunk_size, other.chunk_size),
-        "explicit_uidgid": (
-            bool(first.flags & SuperFlags.EXPLICIT_UID_GID),
-            bool(other.flags & SuperFlags.EXPLICIT_UID_GID),
-        ),
-        "tarfs mode": (first.is_tarfs, other.is_tarfs),
-    }
-    for name, (expected, got) in checks.items():
-        if expected != got:
-            raise InconsistentLayers(
-                f"Inconsistent configuration of {name}", path=path, expected=expected, got=got
-            )
+def _enter(table: dict[bytes, BlobEntry], blob: BlobEntry) -> int:
+    """Return the number of a blob, which gets an entry unless it has one."""
+    found = table.setdefault(blob.blob_id, blob._replace(blob_index=len(table)))
+    if found != blob._replace(blob_index=found.blob_index):
+        raise BuildError("layers have different blobs of one name", blob=blob.id)
+    return found.blob_index
 
 
 def _check_lists(sources: Sequence[Path], options: MergeOptions) -> None:
@@ -177,23 +209,24 @@ def merge(sources: Sequence[Path], options: MergeOptions) -> tuple[BuildResult, 
 
     Raises:
         InconsistentLayers: layers that differ in what an image has only once.
-        BuildError: a list of the wrong length, or a source with more than one blob.
+        BuildError: a list of the wrong length, or a source with more than one blob of its own.
         FormatError: a broken source.
     """
     _check_lists(sources, options)
     result = BuildResult()
     merger = _Merger(options)
     with result.timed("load_tree_from_bootstrap"):
+        if options.chunk_dict is not None:
+            merger.take_dictionary(_open(options.chunk_dict, options), options.chunk_dict)
         if options.parent_bootstrap is not None:
             parent = options.parent_bootstrap
-            merger.add(_open(parent), parent, None)
+            merger.add(_open(parent, options), parent, None)
         for number, path in enumerate(sources):
-            merger.add(_open(path), path, number)
-    with result.timed("merge_tree"):
-        root, blobs = merger.combine()
-    last = merger.last
-    if last is None:
+            merger.add(_open(path, options), path, number)
+    root, last = merger.root, merger.last
+    if root is None or last is None:
         raise BuildError("nothing to merge")
+    blobs = merger.used_blobs(root)
     prefetch: list[Node] = []
     if blobs and options.prefetch_policy is PrefetchPolicy.FS:
         prefetch = pattern_nodes(root, parse_patterns(options.prefetch_patterns))
@@ -208,6 +241,8 @@ def merge(sources: Sequence[Path], options: MergeOptions) -> tuple[BuildResult, 
                 prefetch=prefetch,
                 explicit_owners=bool(last.flags & SuperFlags.EXPLICIT_UID_GID),
                 force_xattr_flag=True,
+                tarfs=last.is_tarfs,
+                encrypted=merger.is_encrypted,
             )
         )
         result.bootstrap = write_bootstrap_file(data, options.bootstrap, options.blob_dir)
@@ -215,8 +250,8 @@ def merge(sources: Sequence[Path], options: MergeOptions) -> tuple[BuildResult, 
     return result, last.compressor
 
 
-def _open(path: Path) -> Bootstrap:
+def _open(path: Path, options: MergeOptions) -> AnyBootstrap:
     try:
-        return open_any_bootstrap(path)
+        return open_any_bootstrap(path, inlined=options.inlined)
     except OSError as error:
         raise BuildError(f"cannot be opened ({error.strerror})", path=path) from error

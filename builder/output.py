@@ -11,7 +11,7 @@ from typing import Self
 
 from builder.errors import BuildError
 
-__all__ = ["OutputFile", "write_file"]
+__all__ = ["OutputDisk", "OutputFile", "write_file"]
 
 
 class OutputFile:
@@ -25,6 +25,8 @@ class OutputFile:
         mode: permission bits, before the umask.
     """
 
+    _access = os.O_WRONLY
+
     def __init__(self, target: Path, mode: int) -> None:
         self._target = target
         self._temporary: Path | None = None
@@ -35,7 +37,7 @@ class OutputFile:
         try:
             if kind in (stat.S_IFREG, stat.S_IFDIR):
                 self._temporary = _temporary(target, kind == stat.S_IFDIR)
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                flags = self._access | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
                 descriptor = os.open(self._temporary, flags, mode)
             else:
                 descriptor = os.open(target, os.O_WRONLY | os.O_CLOEXEC)
@@ -93,6 +95,45 @@ class OutputFile:
         finally:
             if self._temporary is not None:
                 self._temporary.unlink(missing_ok=True)
+
+
+class OutputDisk(OutputFile):
+    """A regular file written at explicit offsets and read back; threads may share it.
+
+    What is not written is a hole, which reads as zeros.
+
+    Raises:
+        BuildError: the target is there and no regular file.
+    """
+
+    _access = os.O_RDWR
+
+    def __init__(self, target: Path, mode: int) -> None:
+        if target.exists() and not target.is_file():
+            raise BuildError("is not a regular file", path=target)
+        super().__init__(target, mode)
+
+    @property
+    def descriptor(self) -> int:
+        """The open file; it stays this object's."""
+        return self._file.fileno()
+
+    def resize(self, length: int) -> None:
+        """Give the file its length in bytes; raise `BuildError`."""
+        try:
+            os.ftruncate(self.descriptor, length)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write all bytes at `offset`; raise `BuildError`."""
+        rest = memoryview(data)
+        try:
+            while rest:
+                count = os.pwrite(self.descriptor, rest, offset)
+                rest, offset = rest[count:], offset + count
+        except OSError as error:
+            raise self._failed(error) from error
 
 
 def _temporary(target: Path, is_directory: bool) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
 
 from builder.source.options import WhiteoutSpec
 from erofs import Node
@@ -68,17 +67,3 @@ def _take_opaque_mark(child: Node, spec: WhiteoutSpec) -> bool:
         return False
     del child.xattrs[OVERLAY_OPAQUE]
     return True
-
-
-def iter_nodes(root: Node) -> Iterator[Node]:
-    """Yield every node once, whatever the number of its names."""
-    seen: set[int] = set()
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        yield node
-        if node.children:
-            stack.extend(node.children.values())

@@ -26,7 +26,10 @@ def report(
     *,
     bootstrap: Path | None,
     blobs: Sequence[str],
+    external_bootstrap: Path | None = None,
+    external_blobs: Sequence[str] = (),
     compressor: Compressor,
+    version: int = 6,
     seconds: dict[str, float],
     events: dict[str, int | str],
 ) -> dict[str, object]:
@@ -35,10 +38,10 @@ def report(
         "version": package_version(),
         "bootstrap": "" if bootstrap is None else str(bootstrap),
         "blobs": list(blobs),
-        "external_bootstrap": "",
-        "external_blobs": [],
+        "external_bootstrap": "" if external_bootstrap is None else str(external_bootstrap),
+        "external_blobs": list(external_blobs),
         "trace": {"consumed_time": dict(sorted(seconds.items())), "registered_events": events},
-        "fs_version": "6",
+        "fs_version": str(version),
         "compressor": COMPRESSOR_NAMES[compressor],
     }
 

@@ -1,26 +1,26 @@
-"""Records of tar archives: header blocks and PAX records to `TarMember`.
+"""Records of tar archives: header blocks, and what goes with them, to `TarMember`.
 
 Pure: bytes in, values out. Reading streams, and knowing where in one a record was,
 is the business of `builder.tarstream`. Sources: POSIX.1-2017 pax "ustar Interchange
-Format" and "pax Extended Header", GNU tar manual "Basic Tar Format", libarchive
-tar(5), spec rafs-v6 section 3.8 (what of a header ends in an image).
+Format", GNU tar manual "Basic Tar Format", libarchive tar(5), spec rafs-v6 section 3.8
+(what of a header ends in an image).
 """
 
 from __future__ import annotations
 
-import base64
-import re
 import stat
 import struct
 from collections.abc import Mapping
 from typing import NamedTuple
-from urllib.parse import unquote_to_bytes
 
-from builder.errors import BuildError
+from builder.errors import TarError
+from builder.tarpax import PaxFields, decode_pax
+from builder.tarsparse import SPARSE_NAME, Extent, SparseMap
 
 __all__ = [
     "BLOCK_SIZE",
     "TYPE_GLOBAL_PAX",
+    "TYPE_GNU_SPARSE",
     "TYPE_LONG_LINK",
     "TYPE_LONG_NAME",
     "TYPE_PAX",
@@ -31,13 +31,14 @@ __all__ = [
     "TarMember",
     "build_member",
     "parse_header",
-    "parse_pax",
+    "parse_sparse_extension",
 ]
 
 BLOCK_SIZE = 512
 
 TYPE_LONG_LINK = ord("K")
 TYPE_LONG_NAME = ord("L")
+TYPE_GNU_SPARSE = ord("S")
 TYPE_VOLUME_LABEL = ord("V")
 TYPE_SOLARIS_PAX = ord("X")
 TYPE_GLOBAL_PAX = ord("g")
@@ -56,17 +57,23 @@ _KINDS = {
     ord("5"): stat.S_IFDIR,
     ord("6"): stat.S_IFIFO,
     ord("7"): stat.S_IFREG,
+    # Of GNU's incremental backups: what it lists is for them only.
+    ord("D"): stat.S_IFDIR,
+    TYPE_GNU_SPARSE: stat.S_IFREG,
 }
 # POSIX gives these no content whatever their size field says; GNU tar, Go and Python agree.
 _WITHOUT_CONTENT = frozenset(b"123456")
 _REFUSED = {
-    ord("S"): "unsupported gnu sparse file extension",
     ord("M"): "unsupported multi-volume archive: this is the rest of a file of another volume",
 }
 
 # name, mode, uid, gid, size, mtime, checksum, type, link name, magic, device major, minor, prefix
 _HEADER = struct.Struct("100s8s8s8s12s12s8sB100s6s2x64x8s8s155s12x")
 _SIGNED_BLOCK = struct.Struct("512b")
+# Behind GNU's time fields: four extents, "more follow", size of the whole file.
+_SPARSE_FIELDS = struct.Struct("386x96sB12s17x")
+_SPARSE_EXTENSION = struct.Struct("504sB7x")
+_SPARSE_EXTENT = struct.Struct("12s12s")
 _CHECKSUM_PLACE = slice(148, 156)
 _USTAR_MAGIC = b"ustar\0"
 # star keeps access and change time in the last 24 bytes of the prefix field, and signs for it.
@@ -76,28 +83,15 @@ _STAR_PREFIX_SIZE = 131
 
 _MAX_U32 = 0xFFFFFFFF
 _MAX_SIZE = (1 << 63) - 1
-_NANOSECONDS = 1_000_000_000
-
-_SCHILY_XATTR = b"SCHILY.xattr."
-_LIBARCHIVE_XATTR = b"LIBARCHIVE.xattr."
-_SPARSE_RECORDS = (b"GNU.sparse.", b"SUN.holesdata")
-_KEPT_PREFIXES = (_SCHILY_XATTR, _LIBARCHIVE_XATTR, *_SPARSE_RECORDS)
-_KEPT_RECORDS = frozenset((b"path", b"linkpath", b"uid", b"gid", b"size", b"mtime"))
-# Digits of the longest record length that a body within our limits can need, and more.
-_MAX_LENGTH_DIGITS = 20
-_DECIMAL = re.compile(rb"[0-9]{1,20}")
-_TIME = re.compile(rb"(-?)([0-9]{1,18})(?:\.([0-9]*))?")
-
-
-class TarError(BuildError):
-    """An archive that is damaged, or that uses what is not supported."""
+_NO_FIELDS = PaxFields(None, None, None, None, {}, None, None)
 
 
 class TarHeader(NamedTuple):
     """One header block, decoded; `path` has the ustar prefix in front.
 
     `device` are the undecoded major and minor fields: only devices need them, and
-    writers leave them blank elsewhere.
+    writers leave them blank elsewhere. Of GNU's sparse files `sparse` has the first extents,
+    and `continues` tells whether an extension block with others follows.
     """
 
     path: bytes
@@ -109,6 +103,8 @@ class TarHeader(NamedTuple):
     mtime: int
     size: int
     device: tuple[bytes, bytes]
+    sparse: SparseMap | None = None
+    continues: bool = False
 
 
 class TarMember(NamedTuple):
@@ -121,9 +117,10 @@ class TarMember(NamedTuple):
 
     `mtime` is the header's field alone, in signed seconds; `pax_mtime` the PAX record
     as (seconds, nanoseconds), rounded down, nanoseconds never negative. `xattrs` maps
-    full names to values. `size` counts the content bytes that follow at byte `offset`
-    of the stream; only a directory that is one by the slash at its end can have some
-    and be no regular file.
+    full names to values. `size` is that of the file, and `stored_size` counts the content
+    bytes that follow at byte `offset` of the stream; they differ where `sparse` tells which
+    parts of the file those are. Only directories can have stored content and be no regular
+    file: those by the slash at their end, and GNU's with a list of their files.
     """
 
     path: bytes
@@ -140,6 +137,8 @@ class TarMember(NamedTuple):
     size: int
     xattrs: dict[bytes, bytes]
     offset: int
+    stored_size: int
+    sparse: SparseMap | None = None
 
 
 def parse_header(block: bytes) -> TarHeader:
@@ -159,7 +158,7 @@ def parse_header(block: bytes) -> TarHeader:
             prefix = prefix[:_STAR_PREFIX_SIZE]
         path = prefix.split(b"\0", 1)[0] + b"/" + path
     try:
-        return TarHeader(
+        found = TarHeader(
             path,
             kind,
             link.split(b"\0", 1)[0],
@@ -170,9 +169,31 @@ def parse_header(block: bytes) -> TarHeader:
             _number(size, "size", _MAX_SIZE),
             (major, minor),
         )
+        return found if kind != TYPE_GNU_SPARSE else _with_extents(found, block)
     except TarError as error:
         error.add_context(entry=path)
         raise
+
+
+def _with_extents(header: TarHeader, block: bytes) -> TarHeader:
+    area, continues, real_size = _SPARSE_FIELDS.unpack(block)
+    found = SparseMap(_extents(area), _number(real_size, "size", _MAX_SIZE))
+    return header._replace(sparse=found, continues=bool(continues))
+
+
+def parse_sparse_extension(block: bytes) -> tuple[list[Extent], bool]:
+    """Decode a block of further extents, and whether another one follows; raise `TarError`."""
+    area, continues = _SPARSE_EXTENSION.unpack(block)
+    return _extents(area), bool(continues)
+
+
+def _extents(area: bytes) -> list[Extent]:
+    found = []
+    for offset, size in _SPARSE_EXTENT.iter_unpack(area):
+        if not size[0]:
+            break
+        found.append(Extent(_number(offset, "offset", _MAX_SIZE), _number(size, "size", _MAX_SIZE)))
+    return found
 
 
 def _verify_checksum(block: bytes, field: bytes) -> None:
@@ -226,40 +247,13 @@ def _modification_time(field: bytes) -> int:
     return _octal(field.split(b"\0", 1)[0].strip(b" ")) or 0
 
 
-def parse_pax(body: bytes) -> dict[bytes, bytes]:
-    """Decode the records of a PAX header, keeping those that matter for a `TarMember`.
-
-    Raises:
-        TarError: a record without its length, keyword or newline.
-    """
-    records: dict[bytes, bytes] = {}
-    position = 0
-    while position < len(body):
-        space = body.find(b" ", position, position + _MAX_LENGTH_DIGITS)
-        digits = body[position:space] if space > 0 else b""
-        if not digits.isdigit():
-            raise TarError(f"PAX record at byte {position} has no length")
-        end = position + int(digits)
-        if not space + 1 < end <= len(body):
-            raise TarError(f"PAX record at byte {position} has a wrong length", got=int(digits))
-        if body[end - 1] != ord("\n"):
-            raise TarError(f"PAX record at byte {position} does not end with a newline")
-        equals = body.find(b"=", space + 1, end - 1)
-        if equals <= space + 1:
-            raise TarError(f"PAX record at byte {position} has no keyword")
-        key = body[space + 1 : equals]
-        if key in _KEPT_RECORDS or key.startswith(_KEPT_PREFIXES):
-            records[key] = body[equals + 1 : end - 1]
-        position = end
-    return records
-
-
 def build_member(
     header: TarHeader,
     long_name: bytes | None,
     long_link: bytes | None,
     pax: Mapping[bytes, bytes],
     offset: int,
+    sparse: SparseMap | None = None,
 ) -> TarMember:
     """Combine a header with what the extended headers in front of it said.
 
@@ -272,11 +266,14 @@ def build_member(
         long_link: content of a GNU `K` member, if there was one.
         pax: global records overridden by local ones.
         offset: byte position of the content in the stream.
+        sparse: the complete map of a member in GNU's old sparse form.
 
     Raises:
-        TarError: unsupported type, sparse file, or unparsable PAX or device number.
+        TarError: unsupported type, or unparsable PAX or device number.
     """
     path = _name(header.path, long_name, pax, b"path")
+    if SPARSE_NAME in pax:
+        path = _name(path, None, pax, SPARSE_NAME)
     try:
         kind = _kind(header.type, path)
         link = b""
@@ -285,20 +282,16 @@ def build_member(
         major = minor = 0
         if kind in (stat.S_IFCHR, stat.S_IFBLK):
             major, minor = map(_device_number, header.device)
-        uid, gid, size = header.uid, header.gid, header.size
-        pax_mtime = None
-        xattrs: dict[bytes, bytes] = {}
-        if pax:
-            uid = _pax_number(pax, b"uid", uid, _MAX_U32)
-            gid = _pax_number(pax, b"gid", gid, _MAX_U32)
-            size = _pax_number(pax, b"size", size, _MAX_SIZE)
-            pax_mtime = _pax_time(pax)
-            others = [key for key in pax if key not in _KEPT_RECORDS]
-            if others:
-                _refuse_pax_sparse(others)
-                xattrs = _pax_xattrs(pax)
+        fields = decode_pax(pax, path) if pax else _NO_FIELDS
+        size = _override(header.size, fields.size)
+        sparse = sparse or fields.sparse
         if header.type in _WITHOUT_CONTENT:
             size = 0
+        if kind != stat.S_IFREG:
+            sparse = None
+        mode = header.mode & 0o7777
+        if fields.permissions is not None and kind != stat.S_IFLNK:
+            mode = mode & ~0o777 | fields.permissions
     except TarError as error:
         error.add_context(entry=path)
         raise
@@ -307,17 +300,23 @@ def build_member(
         kind,
         header.type == _TYPE_HARD_LINK,
         link,
-        header.mode & 0o7777,
-        uid,
-        gid,
+        mode,
+        _override(header.uid, fields.uid),
+        _override(header.gid, fields.gid),
         header.mtime,
-        pax_mtime,
+        fields.mtime,
         major,
         minor,
-        size,
-        xattrs,
+        size if sparse is None else sparse.real_size,
+        dict(fields.xattrs),
         offset,
+        size,
+        sparse,
     )
+
+
+def _override(field: int, record: int | None) -> int:
+    return field if record is None else record
 
 
 def _name(field: bytes, gnu: bytes | None, pax: Mapping[bytes, bytes], key: bytes) -> bytes:
@@ -350,61 +349,3 @@ def _device_number(field: bytes) -> int:
     if not field.strip(b" \0"):
         raise TarError("blank device number in tar header")
     return _number(field, "device number", _MAX_U32)
-
-
-def _refuse_pax_sparse(keys: list[bytes]) -> None:
-    for key in keys:
-        if key.startswith(_SPARSE_RECORDS):
-            raise TarError(
-                f"unsupported sparse file (PAX record {key.decode('ascii', 'replace')}); "
-                "nydus-image stores such files wrongly"
-            )
-
-
-def _pax_number(pax: Mapping[bytes, bytes], key: bytes, default: int, maximum: int) -> int:
-    text = pax.get(key)
-    if not text:
-        return default
-    if _DECIMAL.fullmatch(text) is None:
-        raise TarError(f"unparsable PAX {key.decode()}", got=text[:64])
-    value = int(text)
-    if value > maximum:
-        raise TarError(f"PAX {key.decode()} out of range: {value}")
-    return value
-
-
-def _pax_time(pax: Mapping[bytes, bytes]) -> tuple[int, int] | None:
-    """Decode the PAX mtime without going through floats, towards the past."""
-    text = pax.get(b"mtime")
-    if not text:
-        return None
-    match = _TIME.fullmatch(text)
-    if match is None:
-        raise TarError("unparsable PAX mtime", got=text[:64])
-    sign, seconds, fraction = match.group(1), match.group(2), match.group(3) or b""
-    total = int(seconds) * _NANOSECONDS + int(fraction[:9].ljust(9, b"0"))
-    if sign:
-        total = -total - bool(fraction[9:].strip(b"0"))
-    return divmod(total, _NANOSECONDS)
-
-
-def _pax_xattrs(pax: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    """Collect xattrs; libarchive writes them twice, the encoded copy is the spare one."""
-    xattrs: dict[bytes, bytes] = {}
-    for key, value in pax.items():
-        if key.startswith(_SCHILY_XATTR):
-            xattrs[key[len(_SCHILY_XATTR) :]] = value
-    for key, value in pax.items():
-        if key.startswith(_LIBARCHIVE_XATTR):
-            name = unquote_to_bytes(key[len(_LIBARCHIVE_XATTR) :])
-            if name not in xattrs:
-                xattrs[name] = _unpadded_base64(name, value)
-    return xattrs
-
-
-def _unpadded_base64(name: bytes, text: bytes) -> bytes:
-    text = text.rstrip(b"=")
-    try:
-        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
-    except ValueError as error:
-        raise TarError("xattr is not base64", got=name) from error

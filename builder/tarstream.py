@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
+from builder.errors import TarError
 from builder.tarheader import (
     BLOCK_SIZE,
     TYPE_GLOBAL_PAX,
@@ -17,13 +18,15 @@ from builder.tarheader import (
     TYPE_PAX,
     TYPE_SOLARIS_PAX,
     TYPE_VOLUME_LABEL,
-    TarError,
     TarHeader,
     TarMember,
     build_member,
     parse_header,
-    parse_pax,
+    parse_sparse_extension,
 )
+from builder.tarpax import parse_pax
+from builder.tarsparse import MAX_EXTENTS, Extent, MapText, SparseMap, check_map
+from erofs import error_context
 
 __all__ = ["ByteStream", "TarError", "TarMember", "TarStream"]
 
@@ -56,8 +59,9 @@ class TarStream:
 
     Going to the next member skips what was not read of the current one. Iteration
     ends at the end marker, and nothing behind it is read; an archive that just stops
-    where a header would begin is accepted, as by GNU tar and the real builder. After
-    an error iteration is over.
+    where a header would begin is accepted, as by GNU tar and the real builder. Sparse
+    members are read as they are in a file, with zeros in their holes. After an error
+    iteration is over.
 
     Args:
         stream: source of bytes, best with a large buffer; not closed.
@@ -75,6 +79,10 @@ class TarStream:
         self._entry: bytes | None = None
         self._remaining = 0
         self._padding = 0
+        # Of a sparse member: what is still to be read, and up to where zeros go.
+        self._extents: list[Extent] | None = None
+        self._file_position = 0
+        self._file_size = 0
         self._ended = False
         self._global_records: dict[bytes, bytes] = {}
 
@@ -97,12 +105,12 @@ class TarStream:
         Raises:
             TarError: the stream ends inside the member.
         """
-        length = min(length, self._remaining)
+        length = min(length, self._left)
         if length <= 0:
             return b""
-        data = self._exactly(length, "content")
-        self._remaining -= length
-        return data
+        data = bytearray(length)
+        self.readinto(memoryview(data))
+        return bytes(data)
 
     def readinto(self, buffer: memoryview) -> int:
         """Fill a buffer of bytes from the current member, return how many there were.
@@ -110,21 +118,54 @@ class TarStream:
         Raises:
             TarError: the stream ends inside the member.
         """
-        length = min(len(buffer), self._remaining)
+        length = min(len(buffer), self._left)
+        if self._extents is None:
+            self._fill(buffer[:length])
+        else:
+            self._expand(buffer[:length], self._extents)
+        return length
+
+    @property
+    def _left(self) -> int:
+        """Bytes of the current member that were not read."""
+        if self._extents is None:
+            return self._remaining
+        return self._file_size - self._file_position
+
+    def _fill(self, buffer: memoryview) -> None:
+        """Fill a buffer with stored bytes."""
         filled = 0
-        while filled < length:
-            count = self._stream.readinto(buffer[filled:length])
+        while filled < len(buffer):
+            count = self._stream.readinto(buffer[filled:])
             if not count:
                 raise self._truncated("content")
             filled += count
             self._position += count
             self._remaining -= count
-        return length
+
+    def _expand(self, buffer: memoryview, extents: list[Extent]) -> None:
+        """Fill a buffer with a sparse file; the last of `extents` is the next one."""
+        done = 0
+        while done < len(buffer):
+            start, size = extents[-1] if extents else Extent(self._file_size, 0)
+            position = self._file_position
+            if position >= start + size:
+                extents.pop()
+                continue
+            if position < start:
+                piece = buffer[done : done + start - position]
+                piece[:] = bytes(len(piece))
+            else:
+                piece = buffer[done : done + start + size - position]
+                self._fill(piece)
+            done += len(piece)
+            self._file_position += len(piece)
 
     def _next_member(self) -> TarMember | None:
         self._skip(self._remaining, "content")
         self._skip(self._padding, "padding")
         self._remaining = self._padding = 0
+        self._extents = None
         self._entry = None
         bodies: dict[int, bytes] = {}
         local_records: dict[bytes, bytes] = {}
@@ -136,17 +177,53 @@ class TarStream:
             if bodies:
                 raise TarError("archive ends behind an extended header, its member is missing")
             return None
+        self._entry = header.path
+        old_map = None if header.sparse is None else self._old_map(header, header.sparse)
         member = build_member(
             header,
             bodies.get(TYPE_LONG_NAME),
             bodies.get(TYPE_LONG_LINK),
             self._global_records | local_records,
             self._position,
+            old_map,
         )
         self._entry = member.path
-        self._remaining = member.size
-        self._padding = -member.size % BLOCK_SIZE
+        self._remaining = member.stored_size
+        self._padding = -member.stored_size % BLOCK_SIZE
+        return member if member.sparse is None else self._begin_sparse(member, member.sparse)
+
+    def _old_map(self, header: TarHeader, first: SparseMap) -> SparseMap:
+        """Return the complete map of GNU's old form, reading its extension blocks."""
+        extents = list(first.extents or ())
+        continues = header.continues
+        while continues:
+            more, continues = parse_sparse_extension(self._exactly(BLOCK_SIZE, "sparse map"))
+            extents += more
+            if len(extents) > MAX_EXTENTS:
+                raise TarError("sparse file of too many parts", entry=header.path)
+        return first._replace(extents=extents)
+
+    def _begin_sparse(self, member: TarMember, found: SparseMap) -> TarMember:
+        """Check the map, which of the newest form is still to be read, and prepare for it."""
+        with error_context(entry=member.path):
+            if found.extents is None:
+                found = found._replace(extents=self._read_map())
+                member = member._replace(
+                    offset=self._position, stored_size=self._remaining, sparse=found
+                )
+            check_map(found, self._remaining)
+        self._extents = list(reversed(found.extents or ()))
+        self._file_position, self._file_size = 0, found.real_size
         return member
+
+    def _read_map(self) -> list[Extent]:
+        text = MapText()
+        while not text.is_complete:
+            if self._remaining < BLOCK_SIZE:
+                raise TarError("content of a sparse file ends inside its map")
+            text.feed(self._exactly(BLOCK_SIZE, "sparse map"))
+            self._remaining -= BLOCK_SIZE
+        return text.extents()
 
     def _next_header(self) -> TarHeader | None:
         """Read and decode a header block; None at the end of the archive."""

@@ -12,14 +12,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from erofs.base import open_as
 from erofs.blobcheck import check_blob
 from erofs.blobdump import dump_blob
 from erofs.check import ERROR, check_image
 from erofs.dump import dump_image
-from erofs.errors import FormatError, NydusError
+from erofs.errors import BadMagic, FormatError, NydusError
 from erofs.layout import FEATURE_COMPAT_RAFS_V6
 from erofs.rafs import INLINED_BLOB_ID, BlobEntry
 from erofs.reader import Bootstrap, Image, open_bootstrap, open_image
+from erofs.v5.image import BootstrapV5
+from erofs.v5.layout import SUPERBLOCK_SIZE, is_v5
 from erofs.view import View
 
 
@@ -44,6 +47,16 @@ class _BlobFile:
         self._file.close()
 
 
+def _open_for_check(path: Path) -> Image | BootstrapV5:
+    try:
+        return _open(path, lenient=False)
+    except BadMagic:
+        with path.open("rb") as file:
+            if not is_v5(View(file.read(SUPERBLOCK_SIZE))):
+                raise
+    return open_as(BootstrapV5, path)
+
+
 def _open(path: Path, *, lenient: bool) -> Image:
     """Open a bootstrap as such; `lenient` also takes one that strict readers refuse."""
     image = open_image(path)
@@ -61,7 +74,7 @@ def _open(path: Path, *, lenient: bool) -> Image:
     return bootstrap
 
 
-def _entry_for(image: Image, path: Path) -> BlobEntry | None:
+def _entry_for(image: Image | BootstrapV5, path: Path) -> BlobEntry | None:
     """Return the blob table entry of a file: by its name, or the only one there is."""
     blobs = image.blobs if isinstance(image, Bootstrap) else ()
     name = path.name.split(".")[0]
@@ -79,7 +92,7 @@ def _dump(image: Image, blobs: Sequence[Path]) -> Iterator[str]:
             yield from dump_blob(blob, _entry_for(image, path))
 
 
-def _check(image: Image, blobs: Sequence[Path], *, data: bool) -> int:
+def _check(image: Image | BootstrapV5, blobs: Sequence[Path], *, data: bool) -> int:
     errors = 0
     for finding in check_image(image):
         errors += finding.severity == ERROR
@@ -116,9 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(argv)
     try:
-        with _open(options.file, lenient=options.command == "dump") as image:
-            if options.command == "check":
-                return _check(image, options.blob, data=options.data)
+        if options.command == "check":
+            with _open_for_check(options.file) as checked:
+                return _check(checked, options.blob, data=options.data)
+        with _open(options.file, lenient=True) as image:
             for line in _dump(image, options.blob):
                 print(line)
     except NydusError as error:

@@ -7,52 +7,41 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
-from erofs import blobmeta, codec
+from erofs import blobmeta, framing
 from erofs.blobmeta import (
-    CI_ENTRY_V1_SIZE,
     CI_HEADER_SIZE,
     DIGEST_SIZE,
-    TAR_HEADER_SIZE,
-    CompressionInfo,
     CompressionTableHeader,
-    Section,
-    Toc,
-    TocEntry,
+    chunk_data_size,
 )
-from erofs.check import WARNING, Collector, Finding, chunk_data_size
+from erofs.check import WARNING, Collector, Finding
+from erofs.citable import CompressionTable
 from erofs.digest import crc32c, digest
-from erofs.errors import CorruptStructure, IntegrityError, UnsupportedFeature, error_context
+from erofs.errors import CorruptStructure, IntegrityError, error_context
+from erofs.framing import TAR_HEADER_SIZE, Section, Toc, TocEntry
 from erofs.rafs import (
     INLINED_BLOB_ID,
     BlobEntry,
     BlobFeatures,
     ChunkFlags,
     ChunkInfo,
-    Compressor,
     Digester,
 )
 from erofs.reader import Bootstrap
-from erofs.view import ReadAt, View, align_up
+from erofs.stored import StoredData, parse_stored_header, read_stored_table
+from erofs.view import ReadAt, align_up
 
 __all__ = ["check_blob", "read_compression_header", "read_compression_table"]
 
 _WINDOW = 1 << 20
+_ENCRYPTED_SECTIONS = (framing.SECTION_META, framing.SECTION_META_HEADER)
 _SECTION_ORDER = (
-    blobmeta.SECTION_BLOB,
-    blobmeta.SECTION_META,
-    blobmeta.SECTION_DIGEST,
-    blobmeta.SECTION_BOOTSTRAP,
-    blobmeta.SECTION_TOC,
+    framing.SECTION_BLOB,
+    framing.SECTION_META,
+    framing.SECTION_DIGEST,
+    framing.SECTION_BOOTSTRAP,
+    framing.SECTION_TOC,
 )
-_TOC_CODECS = {
-    blobmeta.TOC_NONE: Compressor.NONE,
-    blobmeta.TOC_ZSTD: Compressor.ZSTD,
-    blobmeta.TOC_LZ4: Compressor.LZ4_BLOCK,
-}
-# What a ToC may make us decompress at once; a real bootstrap is far smaller.
-_SECTION_MAX = 1 << 32
-# Merging takes the mark of an inlined bootstrap out of the blob table (spec 5.4).
-_MERGE_DROPS = BlobFeatures.INLINED_FS_META | BlobFeatures.IS_CHUNKDICT_GENERATED
 
 
 def read_compression_header(blob: ReadAt, entry: BlobEntry) -> CompressionTableHeader:
@@ -60,27 +49,21 @@ def read_compression_header(blob: ReadAt, entry: BlobEntry) -> CompressionTableH
 
     Raises:
         FormatError: it is not there.
+        CodecError: it does not decrypt.
     """
     data = _read(blob, entry.ci_offset + entry.ci_compressed_size, CI_HEADER_SIZE, "header")
-    return CompressionTableHeader.parse(View(data))
+    return parse_stored_header(entry, data)
 
 
-def read_compression_table(blob: ReadAt, entry: BlobEntry) -> list[CompressionInfo]:
-    """Read and decode a version 1 compression table; memory is in proportion to the blob.
+def read_compression_table(blob: ReadAt, entry: BlobEntry) -> CompressionTable:
+    """Read and decode the compression table; memory is in proportion to it.
 
     Raises:
-        FormatError: it is not there, of version 2, or its chunks are not adjacent.
-        CodecError: it does not decompress.
+        FormatError: it is not there, elsewhere, or its entries contradict each other.
+        CodecError: it does not decompress or decrypt.
     """
-    read_compression_header(blob, entry).require_v1()
-    # Every chunk takes at least a byte, so the table cannot outgrow the blob by much.
-    if entry.ci_uncompressed_size > CI_ENTRY_V1_SIZE * blob.size():
-        raise CorruptStructure("more chunks than bytes in the blob", got=entry.ci_uncompressed_size)
-    stored = _read(blob, entry.ci_offset, entry.ci_compressed_size, "compression table")
-    if entry.ci_compressor not in Compressor.__members__.values():
-        raise UnsupportedFeature("compressor of a compression table", got=entry.ci_compressor)
-    plain = codec.decompress(Compressor(entry.ci_compressor), stored, entry.ci_uncompressed_size)
-    return blobmeta.parse_compression_table(plain, entry.chunk_count)
+    size = entry.ci_compressed_size + CI_HEADER_SIZE
+    return read_stored_table(entry, _read(blob, entry.ci_offset, size, "compression table")).table
 
 
 def _read(blob: ReadAt, offset: int, length: int, what: str) -> bytes:
@@ -118,7 +101,7 @@ class _BlobCheck:
         self.out = out
         self.features = BlobFeatures(entry.features & sum(BlobFeatures))
         self.sections: dict[bytes, Section] = {}
-        self.chunks: list[CompressionInfo] = []
+        self.table: CompressionTable | None = None
         self.promises: dict[int, _Promise] = {}
         self.infos: list[ChunkInfo] = []
 
@@ -132,7 +115,7 @@ class _BlobCheck:
         """Walk the tar headers and check that the sections are in order (spec 4.1)."""
         if BlobFeatures.HAS_TAR_HEADER not in self.features:
             return
-        sections = blobmeta.read_sections(self.blob)
+        sections = framing.read_sections(self.blob)
         self.sections = {section.name: section for section in sections}
         order = [
             _SECTION_ORDER.index(section.name)
@@ -142,7 +125,7 @@ class _BlobCheck:
         rising = all(left < right for left, right in pairwise(order))
         if len(order) != len(sections) or not rising:
             self.out.error(f"unknown or misplaced sections: {[s.name for s in sections]}")
-        meta = self.sections.get(blobmeta.SECTION_META)
+        meta = self.sections.get(framing.SECTION_META)
         size = self.entry.ci_compressed_size + CI_HEADER_SIZE
         if meta is None or (meta.offset, meta.size) != (self.entry.ci_offset, size):
             self.out.error("section blob.meta is not where the blob table says")
@@ -153,67 +136,49 @@ class _BlobCheck:
         if BlobFeatures.CAP_TAR_TOC not in self.features:
             return
         if BlobFeatures.INLINED_FS_META in self.features:
-            boot = self.sections.get(blobmeta.SECTION_BOOTSTRAP)
+            boot = self.sections.get(framing.SECTION_BOOTSTRAP)
             if boot is not None and boot.offset != expected:
                 self.out.error(f"bootstrap of the blob: expected at {expected}", None, boot.offset)
-        elif self.blob.size() != expected and blobmeta.SECTION_BOOTSTRAP not in self.sections:
+        elif self.blob.size() != expected and framing.SECTION_BOOTSTRAP not in self.sections:
             self.out.error(f"size of the blob: expected {expected}, got {self.blob.size()}")
 
     def check_header(self) -> None:
         """Compare the header of the compression table with the entry (spec 7.1)."""
-        entry = self.entry
-        header = read_compression_header(self.blob, entry)
-        pairs = {
-            "features": (entry.features & ~_MERGE_DROPS, header.features & ~_MERGE_DROPS),
-            "entries": (entry.chunk_count, header.ci_entries),
-            "compressor": (entry.ci_compressor, header.ci_compressor),
-            "offset": (entry.ci_offset, header.ci_offset),
-            "compressed size": (entry.ci_compressed_size, header.ci_compressed_size),
-            "uncompressed size": (entry.ci_uncompressed_size, header.ci_uncompressed_size),
-        }
-        offset = entry.ci_offset + entry.ci_compressed_size
-        for name, (expected, got) in pairs.items():
-            if expected != got:
-                what = f"{name} in the compression table header: expected {expected}, got {got}"
-                self.out.error(what, offset=offset)
+        header = read_compression_header(self.blob, self.entry)
+        offset = self.entry.ci_offset + self.entry.ci_compressed_size
+        for name, expected, got in header.differences(self.entry):
+            what = f"{name} in the compression table header: expected {expected}, got {got}"
+            self.out.error(what, offset=offset)
 
     def read_table(self) -> None:
         """Decode the compression table and compare it with entry and bootstrap."""
-        self.chunks = read_compression_table(self.blob, self.entry)
+        self.table = table = read_compression_table(self.blob, self.entry)
         data_size = chunk_data_size(self.entry)
         limit = align_up(self.entry.uncompressed_size, blobmeta.CI_ALIGNMENT)
-        end = 0
-        for number, chunk in enumerate(self.chunks):
-            start = chunk.compressed_offset
+        for number, chunk in enumerate(table.entries):
+            start, size = table.stored_range(number)
             end = chunk.uncompressed_offset + chunk.uncompressed_size
-            if start + chunk.compressed_size > data_size or end > limit:
+            if start + size > data_size or end > limit:
                 self.out.error(f"chunk {number} ends behind the data", offset=start)
-        if align_up(end, blobmeta.CI_ALIGNMENT) != limit:
+        if table.uncompressed_size != limit:
+            end = table.uncompressed_size
             self.out.error(f"uncompressed size: expected {limit}, the chunks end at {end}")
         for info in self.infos:
-            self._compare(info)
-
-    def _compare(self, info: ChunkInfo) -> None:
-        number = info.chunk_index
-        place = CompressionInfo(
-            info.uncompressed_offset,
-            info.uncompressed_size,
-            info.compressed_offset,
-            info.compressed_size,
-        )
-        if number >= len(self.chunks) or self.chunks[number] != place:
-            self.out.error(f"chunk {number} is elsewhere in blob and bootstrap")
+            if info.chunk_index >= len(table.entries) or not table.agrees(info):
+                self.out.error(f"chunk {info.chunk_index} is elsewhere in blob and bootstrap")
 
     def read_digests(self) -> None:
         """Gather the digests of the chunks, and compare array and bootstrap (spec 4.1)."""
-        section = self.sections.get(blobmeta.SECTION_DIGEST)
+        section = self.sections.get(framing.SECTION_DIGEST)
         if section is None:
             if BlobFeatures.INLINED_CHUNK_DIGEST in self.features:
                 self.out.error("blob without its digest array")
         elif section.size != DIGEST_SIZE * self.entry.chunk_count:
             self.out.error(f"digest array of {section.size} bytes", offset=section.offset)
         else:
-            self.check_array(section)
+            array = bytes(self.blob.read_at(section.offset, section.size))
+            digests = blobmeta.parse_digests(array, self.entry.chunk_count)
+            self.promises = {n: _Promise(value) for n, value in enumerate(digests)}
         for info in self.infos:
             crc = info.crc32c if info.flags & ChunkFlags.HAS_CRC else None
             known = self.promises.get(info.chunk_index)
@@ -221,17 +186,11 @@ class _BlobCheck:
                 self.out.error(f"chunk {info.chunk_index} has two digests, in blob and bootstrap")
             self.promises[info.chunk_index] = _Promise(info.digest, crc)
 
-    def check_array(self, section: Section) -> None:
-        data = bytes(self.blob.read_at(section.offset, section.size))
-        for number in range(self.entry.chunk_count):
-            start = DIGEST_SIZE * number
-            self.promises[number] = _Promise(data[start : start + DIGEST_SIZE])
-
     def check_toc(self) -> None:
         """Check the table of contents and the digest of every section it names (spec 4.6)."""
         if BlobFeatures.HAS_TOC not in self.features and not self.entry.blob_toc_size:
             return
-        toc = blobmeta.read_toc(self.blob)
+        toc = framing.read_toc(self.blob)
         self._check_toc_digest(toc)
         for entry in toc.entries:
             with self.out.guard():
@@ -247,34 +206,38 @@ class _BlobCheck:
             self.out.error("the ToC does not have its digest")
 
     def _check_toc_entry(self, entry: TocEntry) -> None:
-        name = entry.name.decode(errors="backslashreplace")
+        name = entry.text
         offset, size = entry.offset, entry.compressed_size
         section = self.sections.get(entry.name)
-        if entry.name == blobmeta.SECTION_BLOB:
+        if entry.name == framing.SECTION_BLOB:
             # The digest takes in the header behind the chunks, and the offset was wrong once.
             offset, size = 0, size + TAR_HEADER_SIZE
             if size - TAR_HEADER_SIZE != chunk_data_size(self.entry):
                 self.out.error(f"ToC: size of {name}: got {entry.compressed_size}")
-        elif entry.name in (blobmeta.SECTION_DIGEST, blobmeta.SECTION_BOOTSTRAP) and (
+        elif entry.name in (framing.SECTION_DIGEST, framing.SECTION_BOOTSTRAP) and (
             section is None or (section.offset, section.size) != (offset, size)
         ):
             self.out.error(f"ToC: section {name} is elsewhere", offset=offset)
-        if entry.flags not in _TOC_CODECS or entry.uncompressed_size > _SECTION_MAX:
-            raise CorruptStructure(f"ToC: impossible entry {name}", offset=offset)
-        if entry.flags == blobmeta.TOC_NONE:
-            found = _sha256(self.blob, offset, offset + size)
-        else:
-            stored = _read(self.blob, offset, size, name)
-            plain = codec.decompress(_TOC_CODECS[entry.flags], stored, entry.uncompressed_size)
-            found = hashlib.sha256(plain).digest()
-        if found != entry.digest:
-            raise IntegrityError(f"section {name} does not have its digest", offset=offset)
+        if BlobFeatures.ENCRYPTED in self.features and entry.name in _ENCRYPTED_SECTIONS:
+            self._check_encrypted(entry)
+        elif entry.flags != framing.TOC_NONE:
+            framing.read_toc_section(self.blob, entry)
+        # A section may be as large as the blob: not all of it at once.
+        elif _sha256(self.blob, offset, offset + size) != entry.digest:
+            raise IntegrityError(f"section {entry.text} does not have its digest", offset=offset)
+
+    def _check_encrypted(self, entry: TocEntry) -> None:
+        """Check a section whose digest is over what it is in plain (spec 4.6, 4.8)."""
+        size = self.entry.ci_compressed_size + CI_HEADER_SIZE
+        stored = _read(self.blob, self.entry.ci_offset, size, "compression table")
+        found = read_stored_table(self.entry, stored)
+        entry.check_digest(found.plain if entry.name == framing.SECTION_META else found.header)
 
     def check_id(self) -> None:
         """Recompute the blob id: all but the digest array, or with a bootstrap inside all."""
         if self.entry.blob_id == INLINED_BLOB_ID:
             return
-        skip = self.sections.get(blobmeta.SECTION_DIGEST)
+        skip = self.sections.get(framing.SECTION_DIGEST)
         start, end = (skip.offset, skip.header_offset) if skip is not None else (0, 0)
         without, whole = hashlib.sha256(), hashlib.sha256()
         for first, last, counts in (
@@ -291,23 +254,44 @@ class _BlobCheck:
 
     def check_data(self) -> Iterator[Finding]:
         """Decompress every chunk, one at a time, and compare digest and CRC."""
-        compressor, digester = Compressor(self.entry.compressor), Digester(self.entry.digester)
+        if self.table is None:
+            return
+        digester = Digester(self.entry.digester)
+        reader = _ChunkReader(self.blob, self.entry, self.table)
         unknown = 0
-        for number, chunk in enumerate(self.chunks):
+        for number in range(len(self.table.entries)):
             with self.out.guard(), error_context(chunk=number):
-                stored = _read(self.blob, chunk.compressed_offset, chunk.compressed_size, "data")
-                if chunk.is_compressed:
-                    stored = codec.decompress(compressor, stored, chunk.uncompressed_size)
+                data = reader.read(number)
                 promise = self.promises.get(number)
                 if promise is None:
                     unknown += 1
-                elif digest(digester, stored) != promise.digest:
+                elif digest(digester, data) != promise.digest:
                     raise IntegrityError("wrong digest")
-                elif promise.crc32c is not None and crc32c(stored) != promise.crc32c:
+                elif promise.crc32c is not None and crc32c(data) != promise.crc32c:
                     raise IntegrityError("wrong CRC-32C")
             yield from self.out.drain()
         if unknown:
-            yield Finding(WARNING, f"{unknown} of {len(self.chunks)} chunks have no known digest")
+            count = len(self.table.entries)
+            yield Finding(WARNING, f"{unknown} of {count} chunks have no known digest")
+
+
+class _ChunkReader:
+    """Reads and decodes chunks of a blob in order; a batch is decoded once."""
+
+    def __init__(self, blob: ReadAt, entry: BlobEntry, table: CompressionTable) -> None:
+        self._blob = blob
+        self._data = StoredData(entry)
+        self._table = table
+        self._batch: tuple[int, bytes | memoryview] | None = None
+
+    def read(self, number: int) -> bytes | memoryview:
+        batch = self._table.batch_of(number)
+        if batch is None or self._batch is None or self._batch[0] != batch:
+            stored = _read(self._blob, *self._table.stored_range(number), "data")
+            if batch is None:
+                return self._data.entry(self._table, number, stored)
+            self._batch = batch, self._data.batch(self._table.batches[batch], stored)
+        return self._table.cut(number, self._batch[1])
 
 
 def _unchecked(entry: BlobEntry) -> str | None:
@@ -319,8 +303,6 @@ def _unchecked(entry: BlobEntry) -> str | None:
         return "the data is the original layer, and the tables are in another file"
     if features & BlobFeatures.EXTERNAL:
         return "the data is external"
-    if features & BlobFeatures.ENCRYPTED:
-        return "it is encrypted"
     return None
 
 

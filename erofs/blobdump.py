@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
-from erofs import blobmeta
-from erofs.blobcheck import read_compression_table
-from erofs.blobmeta import (
-    CI_ENTRY_V1_SIZE,
-    CI_HEADER_SIZE,
-    DIGEST_SIZE,
-    TAR_HEADER_SIZE,
-    CompressionTableHeader,
-    Section,
-)
+from erofs import framing
+from erofs.blobmeta import CI_HEADER_SIZE, DIGEST_SIZE, CompressionInfoV2, CompressionTableHeader
+from erofs.citable import CompressionTable, decompress_table, parse_table
+from erofs.contexts import CONTEXT_SIZE
 from erofs.dump import Claim, tile
 from erofs.errors import NydusError
+from erofs.framing import TAR_HEADER_SIZE, Section
 from erofs.rafs import BlobEntry, BlobFeatures, Compressor
 from erofs.view import ReadAt, View
 
@@ -35,7 +31,7 @@ class _SectionHeader(Section):
     __slots__ = ()
 
     def pack(self) -> bytes:
-        return blobmeta.pack_section_header(self.name, self.size)
+        return framing.pack_section_header(self.name, self.size)
 
 
 class _BlobClaims:
@@ -62,7 +58,7 @@ class _BlobClaims:
     def sections(self) -> dict[bytes, Section]:
         """Claim the tar headers and what lies before them; nothing if there are none."""
         try:
-            sections = blobmeta.read_sections(self.blob)
+            sections = framing.read_sections(self.blob)
         except NydusError as error:
             features = 0 if self.entry is None else self.entry.features
             if features & BlobFeatures.HAS_TAR_HEADER:
@@ -75,7 +71,7 @@ class _BlobClaims:
 
     def header_offset(self, sections: dict[bytes, Section]) -> int:
         """Return where the header of the compression table should be."""
-        meta = sections.get(blobmeta.SECTION_META)
+        meta = sections.get(framing.SECTION_META)
         if meta is not None:
             return meta.header_offset - CI_HEADER_SIZE
         if self.entry is not None:
@@ -93,21 +89,50 @@ class _BlobClaims:
             self.remark(error, offset)
             return
         self.claims.append(Claim(offset, CI_HEADER_SIZE, "ci_header", header))
-        start, stored = offset - header.ci_compressed_size, header.ci_compressed_size
+        start, length = offset - header.ci_compressed_size, header.ci_compressed_size
         try:
-            chunks = read_compression_table(self.blob, _entry_of(header, start))
+            stored = self.blob.read_at(start, length) if start >= 0 else b""
+            table = parse_table(header, decompress_table(header, stored))
         except NydusError as error:
             self.remark(error, start)
-            self.opaque(start, stored, "ci_table")
+            self.opaque(start, length, "ci_table")
             return
+        self.entries(table, start)
+        if not header.features & BlobFeatures.SEPARATE:
+            self.chunks(table)
+
+    def entries(self, table: CompressionTable, start: int) -> None:
+        """Claim the table; what is compressed is shown as remarks behind the whole of it."""
+        header = table.header
         plain = header.ci_compressor == Compressor.NONE
         if not plain:
-            self.opaque(start, stored, "ci_table")
-        for number, chunk in enumerate(chunks):
-            place = start + number * CI_ENTRY_V1_SIZE if plain else start
-            length = CI_ENTRY_V1_SIZE if plain else 0
-            self.claims.append(Claim(place, length, "ci", chunk, f"chunk {number}"))
-            self.opaque(chunk.compressed_offset, chunk.compressed_size, f"chunk {number}")
+            self.opaque(start, header.ci_compressed_size, "ci_table")
+
+        def claim(place: int, length: int, kind: str, record: Any, label: str) -> None:
+            shown = (start + place, length) if plain else (start, 0)
+            self.claims.append(Claim(*shown, kind, record, label))
+
+        for number, entry in enumerate(table.entries):
+            kind = "ci2" if isinstance(entry, CompressionInfoV2) else "ci"
+            claim(number * header.entry_size, header.entry_size, kind, entry, f"chunk {number}")
+        for kind, contexts in (("batch", table.batches), ("zran", table.zran)):
+            for number, context in enumerate(contexts):
+                place = header.context_offset + number * CONTEXT_SIZE
+                claim(place, CONTEXT_SIZE, kind, context, f"context {number}")
+        if plain:
+            place = start + header.context_offset + len(table.zran) * CONTEXT_SIZE
+            self.opaque(place, len(table.dictionaries), "dictionaries")
+
+    def chunks(self, table: CompressionTable) -> None:
+        """Claim the stored chunks, a batch as a whole."""
+        last = None
+        for number in range(len(table.entries)):
+            batch = table.batch_of(number)
+            if batch is None:
+                self.opaque(*table.stored_range(number), f"chunk {number}")
+            elif batch != last:
+                self.opaque(*table.stored_range(number), f"batch {batch}")
+            last = batch
 
     def digests(self, section: Section) -> None:
         for position in range(section.offset, section.header_offset, DIGEST_SIZE):
@@ -117,34 +142,14 @@ class _BlobClaims:
 
     def toc(self) -> None:
         try:
-            toc = blobmeta.read_toc(self.blob)
+            toc = framing.read_toc(self.blob)
         except NydusError as error:
             self.remark(error, self.size)
             return
         start = self.size - len(toc.raw)
         for number, entry in enumerate(toc.entries):
-            offset = start + number * blobmeta.TOC_ENTRY_SIZE
-            self.claims.append(Claim(offset, blobmeta.TOC_ENTRY_SIZE, "toc", entry))
-
-
-def _entry_of(header: CompressionTableHeader, offset: int) -> BlobEntry:
-    """Return as much of a blob table entry as the reader of the table needs."""
-    return BlobEntry(
-        blob_id=b"",
-        blob_index=0,
-        chunk_size=0,
-        chunk_count=header.ci_entries,
-        compressor=0,
-        digester=0,
-        features=header.features,
-        compressed_size=0,
-        uncompressed_size=0,
-        blob_toc_size=0,
-        ci_compressor=header.ci_compressor,
-        ci_offset=offset,
-        ci_compressed_size=header.ci_compressed_size,
-        ci_uncompressed_size=header.ci_uncompressed_size,
-    )
+            offset = start + number * framing.TOC_ENTRY_SIZE
+            self.claims.append(Claim(offset, framing.TOC_ENTRY_SIZE, "toc", entry))
 
 
 def dump_blob(blob: ReadAt, entry: BlobEntry | None = None) -> Iterator[str]:
@@ -160,10 +165,10 @@ def dump_blob(blob: ReadAt, entry: BlobEntry | None = None) -> Iterator[str]:
     claims = _BlobClaims(blob, entry)
     sections = claims.sections()
     claims.table(claims.header_offset(sections))
-    if (digests := sections.get(blobmeta.SECTION_DIGEST)) is not None:
+    if (digests := sections.get(framing.SECTION_DIGEST)) is not None:
         claims.digests(digests)
-    if (bootstrap := sections.get(blobmeta.SECTION_BOOTSTRAP)) is not None:
+    if (bootstrap := sections.get(framing.SECTION_BOOTSTRAP)) is not None:
         claims.opaque(bootstrap.offset, bootstrap.size, "bootstrap")
-    if blobmeta.SECTION_TOC in sections:
+    if framing.SECTION_TOC in sections:
         claims.toc()
     yield from tile(blob, claims.claims)

@@ -1,45 +1,40 @@
-"""What a data blob carries behind its chunks: compression table, digests, ToC (spec 4.4 to 4.6).
+"""The compression table ("CI", `blob.meta`) of a blob: where each chunk is stored (spec 4.4).
 
-Pure records and their parsers. Sections of a blob with tar framing are *followed* by a
-tar header, so a blob is read from its end.
+Records only: entries of version 1 and 2, and the header behind the table. Whole tables are in
+`erofs.citable`, contexts of batches and zran in `erofs.contexts`, the other sections of a
+blob in `erofs.framing`.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator
+from enum import IntFlag
 from typing import NamedTuple
 
+from erofs.contexts import CONTEXT_SIZE
 from erofs.errors import BadMagic, CorruptStructure, OutOfBounds, UnsupportedFeature
-from erofs.rafs import MAX_CHUNK_SIZE, BlobFeatures
-from erofs.view import ReadAt, View, align_down, align_up
+from erofs.framing import TAR_HEADER_SIZE
+from erofs.rafs import MAX_CHUNKS_PER_BLOB, BlobEntry, BlobFeatures, Compressor
+from erofs.view import View
 
 CI_MAGIC = 0xB10BB10B
 CI_ENTRY_V1_SIZE = 16
+CI_ENTRY_V2_SIZE = 24
 CI_HEADER_SIZE = 4096
 CI_ALIGNMENT = 4096
 MAX_COMPRESSED_OFFSET = 1 << 40
+MAX_COMPRESSED_SIZE_V2 = (1 << 24) - 1
 DIGEST_SIZE = 32
 
-TAR_HEADER_SIZE = 512
-TOC_ENTRY_SIZE = 128
-TOC_READ_MAX = 4096
-TOC_NONE = 1
-TOC_ZSTD = 2
-TOC_LZ4 = 4
-
-SECTION_BLOB = b"image.blob"
-SECTION_META = b"blob.meta"
-SECTION_META_HEADER = b"blob.meta.header"
-SECTION_DIGEST = b"blob.digest"
-SECTION_BOOTSTRAP = b"image.boot"
-SECTION_TOC = b"rafs.blob.toc"
-
 _CI_ENTRY_V1 = struct.Struct("<QQ")
+_CI_ENTRY_V2 = struct.Struct("<QQQ")
 _CI_HEADER = struct.Struct("<IIIIQQQQQI4032sI")
-_TOC_ENTRY = struct.Struct("<II16s32sQQQ48s")
-_TAR_HEADER = struct.Struct("<100s24s12s12s8s1s100s8s247s")
 _UNCOMPRESSED_OFFSET_MASK = 0xFFFFFFFF000
+# No two entries are alike, so a table does not shrink by much; more is a bomb.
+_MAX_RATIO = 1024
+# Merging takes the mark of an inlined bootstrap out of the blob table (spec 5.4).
+_NOT_COMPARED = BlobFeatures.INLINED_FS_META | BlobFeatures.IS_CHUNKDICT_GENERATED
 
 
 class CompressionInfo(NamedTuple):
@@ -64,43 +59,79 @@ class CompressionInfo(NamedTuple):
         )
 
 
-def _parse_ci_words(first: int, second: int) -> CompressionInfo:
-    return CompressionInfo(
-        first & _UNCOMPRESSED_OFFSET_MASK,
-        (first >> 44 | (first >> 8 & 0xF) << 20) + 1,
-        second & 0xFFFFFFFFFF,
-        (second >> 44 | (second >> 40 & 0xF) << 20) + 1,
-    )
-
-
-def parse_compression_table(table: bytes | memoryview, count: int) -> list[CompressionInfo]:
-    """Decode `count` version 1 entries and check that they are adjacent (spec 4.3).
-
-    Raises:
-        OutOfBounds: the table is not 16 bytes an entry.
-        CorruptStructure: neighbours are not adjacent, or a chunk is too large.
-    """
-    if len(table) != count * CI_ENTRY_V1_SIZE:
-        raise OutOfBounds(
-            "compression table of the wrong length",
-            expected=f"{count * CI_ENTRY_V1_SIZE} bytes",
-            got=len(table),
+def parse_entries_v1(table: memoryview) -> list[CompressionInfo]:
+    """Decode entries of version 1; the length is a multiple of 16 bytes."""
+    return [
+        CompressionInfo(
+            first & _UNCOMPRESSED_OFFSET_MASK,
+            (first >> 44 | (first >> 8 & 0xF) << 20) + 1,
+            second & 0xFFFFFFFFFF,
+            (second >> 44 | (second >> 40 & 0xF) << 20) + 1,
         )
-    entries = [_parse_ci_words(*words) for words in _CI_ENTRY_V1.iter_unpack(table)]
-    position = compressed = 0
-    for index, entry in enumerate(entries):
-        if entry.uncompressed_offset != position or entry.uncompressed_size > MAX_CHUNK_SIZE:
-            raise CorruptStructure(
-                "chunk is not adjacent to the one before it",
-                chunk=index,
-                expected=f"offset {position:#x}",
-                got=f"{entry.uncompressed_offset:#x}",
-            )
-        if entry.compressed_offset < compressed:
-            raise CorruptStructure("compressed chunks overlap", chunk=index)
-        position += align_up(entry.uncompressed_size, CI_ALIGNMENT)
-        compressed = entry.compressed_offset + entry.compressed_size
-    return entries
+        for first, second in _CI_ENTRY_V1.iter_unpack(table)
+    ]
+
+
+class CiFlags(IntFlag):
+    """`flags` of a version 2 entry."""
+
+    COMPRESSED = 0x1
+    ZRAN = 0x2
+    BATCH = 0x4
+    ENCRYPTED = 0x8
+    HAS_CRC = 0x10
+
+
+class CompressionInfoV2(NamedTuple):
+    """Version 2 entry, 24 bytes.
+
+    Of a batch or zran chunk `context` is the number of its context, and `data` its place in
+    the context's output; `data` is the CRC-32C of others with that flag.
+    """
+
+    uncompressed_offset: int
+    uncompressed_size: int
+    compressed_offset: int
+    compressed_size: int
+    flags: int
+    data: int = 0
+    context: int = 0
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether the stored bytes have to be decompressed."""
+        return bool(self.flags & CiFlags.COMPRESSED)
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the chunk is a part of a batch."""
+        return bool(self.flags & CiFlags.BATCH)
+
+    def pack(self) -> bytes:
+        """Encode the entry; only the uncompressed size is stored minus one."""
+        return _CI_ENTRY_V2.pack(
+            self.uncompressed_offset // CI_ALIGNMENT
+            | (self.uncompressed_size - 1) << 32
+            | self.flags << 56,
+            self.compressed_offset | self.compressed_size << 40,
+            self.data | self.context << 32,
+        )
+
+
+def parse_entries_v2(table: memoryview) -> list[CompressionInfoV2]:
+    """Decode entries of version 2; the length is a multiple of 24 bytes."""
+    return [
+        CompressionInfoV2(
+            (first & 0xFFFFFFFF) * CI_ALIGNMENT,
+            (first >> 32 & 0xFFFFFF) + 1,
+            second & 0xFFFFFFFFFF,
+            second >> 40,
+            first >> 56,
+            third & 0xFFFFFFFF,
+            third >> 32,
+        )
+        for first, second, third in _CI_ENTRY_V2.iter_unpack(table)
+    ]
 
 
 class CompressionTableHeader(NamedTuple):
@@ -134,158 +165,89 @@ class CompressionTableHeader(NamedTuple):
         """Encode the header."""
         return _CI_HEADER.pack(CI_MAGIC, *self, bytes(4032), CI_MAGIC)
 
-    def require_v1(self) -> None:
-        """Raise `UnsupportedFeature` unless the entries are plain version 1."""
-        if self.features & BlobFeatures.CHUNK_INFO_V2:
-            raise UnsupportedFeature(
-                "compression table of version 2 (batch, zran or encrypted blob)",
-                got=f"features {self.features:#x}",
-            )
-
-
-class TocEntry(NamedTuple):
-    """Entry of the table of contents, 128 bytes; `digest` is over the uncompressed section."""
-
-    flags: int
-    name: bytes
-    digest: bytes
-    offset: int
-    compressed_size: int
-    uncompressed_size: int
-
-    @classmethod
-    def parse(cls, view: View, offset: int) -> TocEntry:
-        """Decode the entry at `offset`, the name without padding; raise `OutOfBounds`."""
-        flags, _, name, digest, start, csize, usize, _ = view.unpack(
-            _TOC_ENTRY, offset, "ToC entry"
-        )
-        return cls(flags, name.rstrip(b"\0"), digest, start, csize, usize)
-
-    def pack(self) -> bytes:
-        """Encode the entry."""
-        return _TOC_ENTRY.pack(
-            self.flags,
-            0,
-            self.name,
-            self.digest,
-            self.offset,
-            self.compressed_size,
-            self.uncompressed_size,
-            bytes(48),
-        )
-
-
-def pack_section_header(name: bytes, size: int) -> bytes:
-    """Return the GNU tar header that follows a section of `size` bytes (spec 4.5)."""
-    fields = [
-        name,
-        bytes(24),
-        b"%011o\0" % size,
-        b"00000000000\0",
-        b" " * 8,
-        b"0",
-        bytes(100),
-        b"ustar  \0",
-        bytes(247),
-    ]
-    checksum = sum(_TAR_HEADER.pack(*fields))
-    fields[4] = b"%07o\0" % checksum
-    return _TAR_HEADER.pack(*fields)
-
-
-class Section(NamedTuple):
-    """A section of a framed blob; offsets in the blob, in bytes."""
-
-    name: bytes
-    offset: int
-    size: int
+    @property
+    def entry_size(self) -> int:
+        """Bytes of one entry."""
+        return CI_ENTRY_V2_SIZE if self.features & BlobFeatures.CHUNK_INFO_V2 else CI_ENTRY_V1_SIZE
 
     @property
-    def header_offset(self) -> int:
-        """Where the tar header of the section begins."""
-        return self.offset + self.size
+    def entries_size(self) -> int:
+        """Bytes of all entries; contexts are behind them."""
+        return self.ci_entries * self.entry_size
 
+    def differences(self, entry: BlobEntry) -> Iterator[tuple[str, int, int]]:
+        """Yield (name, expected, got) of what the blob table says otherwise (spec 7.1)."""
+        pairs = {
+            "features": (entry.features & ~_NOT_COMPARED, self.features & ~_NOT_COMPARED),
+            "entries": (entry.chunk_count, self.ci_entries),
+            "compressor": (entry.ci_compressor, self.ci_compressor),
+            "offset": (entry.ci_offset, self.ci_offset),
+            "compressed size": (entry.ci_compressed_size, self.ci_compressed_size),
+            "uncompressed size": (entry.ci_uncompressed_size, self.ci_uncompressed_size),
+        }
+        for name, (expected, got) in pairs.items():
+            if expected != got:
+                yield name, expected, got
 
-def parse_section_header(header: bytes | memoryview, end: int) -> Section:
-    """Decode the tar header that lies right before byte `end` of the blob.
-
-    Raises:
-        BadMagic: no tar header.
-        CorruptStructure: wrong checksum or size field.
-        OutOfBounds: the section would begin before the blob.
-    """
-    fields = View(header).unpack(_TAR_HEADER, 0, "section header")
-    name, size_field, checksum_field, magic = fields[0], fields[2], fields[4], fields[7]
-    offset = end - TAR_HEADER_SIZE
-    if magic[:5] != b"ustar":
-        raise BadMagic("no tar header behind a section", offset=offset)
-    try:
-        size = int(size_field.rstrip(b"\0 "), 8)
-        checksum = int(checksum_field.rstrip(b"\0 "), 8)
-    except ValueError as error:
-        raise CorruptStructure("section header is not a tar header", offset=offset) from error
-    blank = bytes(header[:148]) + b" " * 8 + bytes(header[156:TAR_HEADER_SIZE])
-    if sum(blank) != checksum:
-        raise CorruptStructure(
-            "wrong checksum of a section header", offset=offset, expected=checksum, got=sum(blank)
-        )
-    if size < 0 or size > offset:
-        raise OutOfBounds("section begins before its blob", offset=offset, got=f"{size} bytes")
-    return Section(name.rstrip(b"\0"), offset - size, size)
-
-
-def read_sections(blob: ReadAt) -> list[Section]:
-    """Walk the sections of a framed blob, in file order; raise `FormatError`."""
-    sections: list[Section] = []
-    end = blob.size()
-    while end > 0:
-        if end < TAR_HEADER_SIZE:
-            raise OutOfBounds("rest of the blob is shorter than a section header", offset=0)
-        section = parse_section_header(blob.read_at(end - TAR_HEADER_SIZE, TAR_HEADER_SIZE), end)
-        sections.append(section)
-        end = section.offset
-    return sections[::-1]
-
-
-class Toc(NamedTuple):
-    """Table of contents of a blob: its entries and the bytes that its digest covers."""
-
-    entries: tuple[TocEntry, ...]
-    raw: bytes
-
-    def find(self, name: bytes) -> TocEntry | None:
-        """Return the entry of a section, if there is one."""
-        return next((entry for entry in self.entries if entry.name == name), None)
-
-
-def pack_toc(entries: Sequence[TocEntry]) -> bytes:
-    """Return the entries and the tar header behind them."""
-    body = b"".join(entry.pack() for entry in entries)
-    return body + pack_section_header(SECTION_TOC, len(body))
-
-
-def read_toc(blob: ReadAt) -> Toc:
-    """Read the table of contents from the last bytes of a blob; raise `FormatError`."""
-    end = blob.size()
-    length = min(TOC_READ_MAX, align_down(end, TOC_ENTRY_SIZE))
-    if length < TAR_HEADER_SIZE:
-        raise OutOfBounds("blob is too short for a ToC", expected=TAR_HEADER_SIZE, got=end)
-    tail = bytes(blob.read_at(end - length, length))
-    section = parse_section_header(tail[-TAR_HEADER_SIZE:], end)
-    if section.name != SECTION_TOC:
-        raise BadMagic("blob has no ToC", expected=SECTION_TOC, got=section.name)
-    if section.size > length - TAR_HEADER_SIZE or section.size % TOC_ENTRY_SIZE:
-        raise OutOfBounds("ToC of an impossible size", offset=section.offset, got=section.size)
-    raw = tail[length - TAR_HEADER_SIZE - section.size :]
-    view = View(raw)
-    entries = tuple(
-        TocEntry.parse(view, position) for position in range(0, section.size, TOC_ENTRY_SIZE)
-    )
-    for entry in entries:
-        if entry.name != SECTION_BLOB and entry.offset + entry.compressed_size > end:
+    def check(self) -> None:
+        """Raise `FormatError` unless the sizes go together, before anything is allocated."""
+        features = self.features
+        if self.ci_compressor not in Compressor.__members__.values():
+            raise UnsupportedFeature("compressor of a compression table", got=self.ci_compressor)
+        if self.ci_entries > MAX_CHUNKS_PER_BLOB:
+            raise OutOfBounds("too many chunks in a compression table", got=self.ci_entries)
+        size, stored = self.ci_uncompressed_size, self.ci_compressed_size
+        if stored > size or size > stored * _MAX_RATIO:
+            raise OutOfBounds("compression table of impossible sizes", got=f"{stored}/{size}")
+        with_contexts = features & (BlobFeatures.BATCH | BlobFeatures.ZRAN)
+        extra = with_contexts or features & BlobFeatures.ENCRYPTED
+        if extra and not features & BlobFeatures.CHUNK_INFO_V2:
+            raise CorruptStructure("batch, zran or encrypted table that is not of version 2")
+        if with_contexts == BlobFeatures.BATCH | BlobFeatures.ZRAN:
+            raise CorruptStructure("table of batches and of zran at once", got=f"{features:#x}")
+        if size < self.entries_size or (not extra and size != self.entries_size):
             raise OutOfBounds(
-                f"ToC places section {entry.name.decode(errors='backslashreplace')} outside",
-                offset=entry.offset,
-                got=entry.compressed_size,
+                "compression table of the wrong length",
+                expected=f"{self.entries_size} bytes",
+                got=size,
             )
-    return Toc(entries, raw)
+        if with_contexts:
+            self._check_contexts()
+
+    def _check_contexts(self) -> None:
+        end = self.context_offset + self.context_size
+        if self.context_offset != self.entries_size or end > self.ci_uncompressed_size:
+            raise OutOfBounds(
+                "contexts at an impossible place of the compression table",
+                offset=self.context_offset,
+                expected=f"{self.entries_size} to {self.ci_uncompressed_size}",
+                got=end,
+            )
+        if (
+            self.context_count > self.ci_entries
+            or self.context_count * CONTEXT_SIZE > self.context_size
+        ):
+            raise OutOfBounds("too many contexts", got=self.context_count)
+
+
+def chunk_data_size(entry: BlobEntry) -> int:
+    """Return the length of a blob's chunk data as readers derive it, in bytes (spec 4.7)."""
+    features = entry.features
+    if features & BlobFeatures.SEPARATE or not features & BlobFeatures.CAP_TAR_TOC:
+        return entry.compressed_size
+    if features & (BlobFeatures.TARFS | BlobFeatures.EXTERNAL):
+        return entry.compressed_size
+    # v5 has no table: there the data ends where the blob does.
+    end = entry.ci_offset if entry.ci_uncompressed_size else entry.compressed_size
+    return end - (TAR_HEADER_SIZE if features & BlobFeatures.HAS_TAR_HEADER else 0)
+
+
+def parse_digests(data: bytes | memoryview, count: int) -> list[bytes]:
+    """Return the chunk digests of section `blob.digest`, by index; raise `OutOfBounds`."""
+    if len(data) != count * DIGEST_SIZE:
+        raise OutOfBounds(
+            "digest array of the wrong length",
+            expected=f"{count * DIGEST_SIZE} bytes",
+            got=len(data),
+        )
+    return [bytes(data[start : start + DIGEST_SIZE]) for start in range(0, len(data), DIGEST_SIZE)]

@@ -9,87 +9,20 @@ from __future__ import annotations
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
 from erofs import layout
-from erofs.blobmeta import CI_ALIGNMENT, TAR_HEADER_SIZE
-from erofs.errors import NydusError, UnsupportedFeature
-from erofs.rafs import CHUNK_INFO_SIZE, BlobEntry, BlobFeatures, ChunkFlags, ChunkInfo, Cipher
+from erofs.blobmeta import CI_ALIGNMENT, chunk_data_size
+from erofs.findings import ERROR, WARNING, Collector, Finding
+from erofs.rafs import CHUNK_INFO_SIZE, BlobEntry, BlobFeatures, ChunkFlags, ChunkInfo
 from erofs.rafs import SuperFlags as Flags
 from erofs.reader import Bootstrap, DirectoryEntry, Image, Inode
+from erofs.v5.check import check_v5
+from erofs.v5.image import BootstrapV5
 from erofs.view import align_up
 
-__all__ = ["ERROR", "WARNING", "Collector", "Finding", "check_image", "chunk_data_size"]
-
-ERROR = "error"
-WARNING = "warning"
-
-
-class Finding(NamedTuple):
-    """One thing that is wrong, and where: `path` in the image, `offset` in bytes of the file.
-
-    An error makes some reader refuse or misread the image; a warning does not.
-    """
-
-    severity: str
-    what: str
-    path: bytes | None = None
-    offset: int | None = None
-
-    def __str__(self) -> str:
-        places = []
-        if self.path is not None:
-            places.append(repr(self.path)[2:-1])
-        if self.offset is not None:
-            places.append(f"offset {self.offset:#x}")
-        return ": ".join([self.severity, *([", ".join(places)] if places else []), self.what])
-
-
-class Collector:
-    """Gathers findings, and turns errors that were raised on the way into them."""
-
-    def __init__(self, unsupported: str = ERROR) -> None:
-        self._found: list[Finding] = []
-        self._unsupported = unsupported
-
-    def error(self, what: str, path: bytes | None = None, offset: int | None = None) -> None:
-        """Note something that a reader refuses or misreads."""
-        self._found.append(Finding(ERROR, what, path, offset))
-
-    def warn(self, what: str, path: bytes | None = None, offset: int | None = None) -> None:
-        """Note something odd that readers put up with."""
-        self._found.append(Finding(WARNING, what, path, offset))
-
-    @contextmanager
-    def guard(self, path: bytes | None = None) -> Iterator[None]:
-        """Turn a `NydusError` of the block into a finding."""
-        try:
-            yield
-        except NydusError as error:
-            severity = self._unsupported if isinstance(error, UnsupportedFeature) else ERROR
-            offset = error.where.get("offset")
-            chunk = error.where.get("chunk")
-            what = error.reason if chunk is None else f"chunk {chunk}: {error.reason}"
-            self._found.append(
-                Finding(severity, what, path, offset if isinstance(offset, int) else None)
-            )
-
-    def drain(self) -> list[Finding]:
-        """Return and forget what was found."""
-        found, self._found = self._found, []
-        return found
-
-
-def chunk_data_size(entry: BlobEntry) -> int:
-    """Return the length of a blob's chunk data as readers derive it, in bytes (spec 4.7)."""
-    features = entry.features
-    if features & BlobFeatures.SEPARATE or not features & BlobFeatures.CAP_TAR_TOC:
-        return entry.compressed_size
-    if features & (BlobFeatures.TARFS | BlobFeatures.EXTERNAL):
-        return entry.compressed_size
-    return entry.ci_offset - (TAR_HEADER_SIZE if features & BlobFeatures.HAS_TAR_HEADER else 0)
+__all__ = ["ERROR", "WARNING", "Collector", "Finding", "check_image"]
 
 
 class _Links(NamedTuple):
@@ -238,9 +171,8 @@ class _TreeCheck:
     def _chunks(self, path: bytes, inode: Inode, image: Bootstrap) -> None:
         """Check a file's chunks against the tables, and what the kernel will make of them."""
         indexes = list(inode.chunk_indexes())
-        if not image.is_tarfs:
-            for _ in image.file_chunks(inode):
-                pass
+        for _ in image.file_chunks(inode):
+            pass
         if inode.chunk_size == image.chunk_size or inode.size <= image.chunk_size:
             return
         step = image.chunk_size // image.block_size
@@ -364,19 +296,19 @@ def _check_blobs(image: Bootstrap, out: Collector) -> None:
     for index, blob in enumerate(image.blobs):
         if not blob.chunk_count and not image.is_tarfs:
             out.error(f"blob {index} has no chunks")
-        key = blob.blob_meta_digest
-        if blob.cipher == Cipher.AES_128_XTS and key[:16] == key[16:]:
-            out.error(f"blob {index}: the halves of its key are equal")
 
 
-def check_image(image: Image) -> Iterator[Finding]:
+def check_image(image: Image | BootstrapV5) -> Iterator[Finding]:
     """Yield what is wrong with an image; nothing means that strict readers take it.
 
     The whole tree is decoded: names, types, link counts, xattrs, symlinks, chunk indexes,
     and for a bootstrap the tables against each other (spec rafs-v6 7.1, 7.2). Memory is
     in proportion to the number of inodes, and work to the length of the image. Errors that
-    the reader raises become findings.
+    the reader raises become findings. What is checked of RAFS v5, `check_v5` tells.
     """
+    if isinstance(image, BootstrapV5):
+        yield from check_v5(image)
+        return
     out = Collector(ERROR if isinstance(image, Bootstrap) else WARNING)
     if not image.superblock.root_nid:
         out.error("the root has nid 0, which Linux refuses")

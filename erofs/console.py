@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import platform
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,8 @@ __all__ = [
     "LOG_LEVELS",
     "CommandParser",
     "ProgressLine",
+    "log_path",
+    "log_to",
     "package_version",
     "print_version",
     "set_up_logging",
@@ -49,6 +50,8 @@ def print_version(program: str) -> None:
 
     nydus-snapshotter looks for the line of the commit.
     """
+    import platform
+
     print(f"{program} Version: \t{package_version()}")
     print(f"Git Commit: \t{GIT_COMMIT}")
     print("Build Time: \tunknown")
@@ -81,14 +84,31 @@ class _Formatter(logging.Formatter):
         return text
 
 
-def set_up_logging(level: str, path: Path | None) -> None:
-    """Send the log to standard error, or to a file; raise `OSError`."""
-    handler: logging.Handler
-    handler = logging.StreamHandler(sys.stderr) if path is None else logging.FileHandler(path)
+def log_path(path: Path) -> Path:
+    """Return where the log goes for `--log-file`: a name without extension gets `.log`.
+
+    What is there already and is a link or no file (`/dev/stdout`) keeps its name.
+    """
+    special = path.is_symlink() or (path.exists() and not path.is_file())
+    if path.suffix or not path.name or special:
+        return path
+    return path.with_name(path.name + ".log")
+
+
+def log_to(handler: logging.Handler, level: str) -> None:
+    """Make a handler the only one of the log, with our form of lines."""
     handler.setFormatter(_Formatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(LOG_LEVELS[level])
+
+
+def set_up_logging(level: str, path: Path | None) -> None:
+    """Send the log to standard error, or to a file (see `log_path`); raise `OSError`."""
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if path is not None:
+        handler = logging.FileHandler(log_path(path))
+    log_to(handler, level)
 
 
 class ProgressLine:

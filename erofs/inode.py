@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from erofs import layout
+from erofs.base import DirectoryEntry, InodeBase
 from erofs.errors import CorruptStructure, OutOfBounds, UnsupportedFeature
 from erofs.layout import ChunkIndex, Dirent, InodeCompact, InodeExtended, XattrEntry, XattrHeader
 from erofs.view import View, align_up
 
 if TYPE_CHECKING:
+    from erofs.rafs import ChunkInfo
     from erofs.reader import Image
 
 __all__ = ["DirectoryEntry", "Inode"]
@@ -23,15 +25,7 @@ _FLAT = (layout.LAYOUT_FLAT_PLAIN, layout.LAYOUT_FLAT_INLINE)
 _XATTR_NAMES = dict(layout.XATTR_PREFIXES)
 
 
-class DirectoryEntry(NamedTuple):
-    """A name in a directory; `file_type` is one of `layout.FT_*`."""
-
-    name: bytes
-    nid: int
-    file_type: int
-
-
-class Inode:
+class Inode(InodeBase):
     """A view of one inode; `mtime` in signed seconds, `rdev` in Linux' "new" encoding."""
 
     __slots__ = (
@@ -93,24 +87,19 @@ class Inode:
         return self.offset + self.record_size + self.xattr_size
 
     @property
-    def is_dir(self) -> bool:
-        """Whether the inode is a directory."""
-        return stat.S_ISDIR(self.mode)
-
-    @property
-    def is_regular(self) -> bool:
-        """Whether the inode is a regular file."""
-        return stat.S_ISREG(self.mode)
-
-    @property
-    def is_symlink(self) -> bool:
-        """Whether the inode is a symbolic link."""
-        return stat.S_ISLNK(self.mode)
-
-    @property
     def rdev(self) -> int:
         """Device number of a character or block device, 0 for all else."""
         return self.union if stat.S_ISCHR(self.mode) or stat.S_ISBLK(self.mode) else 0
+
+    @property
+    def sectors(self) -> int:
+        """What stat calls blocks, in units of 512 bytes."""
+        return -(-self.size // 512)
+
+    @property
+    def claimed_bytes(self) -> int:
+        """Bytes of the image that are a directory's alone."""
+        return self.size if self.is_dir else 0
 
     def flat_parts(self) -> list[tuple[int, int]]:
         """Return (offset, length) of the pieces of a flat inode's data, in order."""
@@ -241,6 +230,10 @@ class Inode:
         start, count = self.index_area()
         for position in range(start, start + count * 8, layout.CHUNK_INDEX_SIZE):
             yield ChunkIndex.parse(self.image.view, position)
+
+    def file_chunks(self) -> Iterator[ChunkInfo]:
+        """Yield the chunks of a regular file of a bootstrap, in order; raise `FormatError`."""
+        return self.image.file_chunks(self)
 
 
 def _signed(value: int) -> int:

@@ -9,6 +9,7 @@ import struct
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
+from erofs.errors import CorruptStructure
 from erofs.view import View
 
 EXTENDED_SUPERBLOCK_OFFSET = 1152
@@ -188,6 +189,22 @@ class BlobEntry(NamedTuple):
     def id(self) -> str:
         """The blob id as text; bytes that are not ASCII are escaped."""
         return self.blob_id.decode("ascii", "backslashreplace")
+
+    def encryption(self) -> tuple[bytes, bytes] | None:
+        """Return key (32 bytes) and IV (16) of an encrypted blob, None for others.
+
+        The entry keeps them in fields that mean other things elsewhere (spec 2.4, 4.8). They
+        are secrets: not for messages.
+
+        Raises:
+            CorruptStructure: the halves of the key are equal, which XTS does not permit.
+        """
+        if self.cipher == Cipher.NONE:
+            return None
+        key = self.blob_meta_digest
+        if key[:16] == key[16:]:
+            raise CorruptStructure("the halves of a blob's key are equal", blob=self.id)
+        return key, self.blob_meta_size.to_bytes(8, "little") + self.cipher_iv
 
 
 class ChunkInfo(NamedTuple):

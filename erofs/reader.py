@@ -7,31 +7,24 @@ from an mmap, by explicit offsets, so images may be shared between threads.
 
 from __future__ import annotations
 
-import errno
 import mmap
-import os
-import stat
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
-from types import TracebackType
-from typing import Self, TypeVar
 
 from erofs import layout, rafs
+from erofs.base import BlobHint, DirectoryEntry, ImageBase, Source, Tables, open_as
+from erofs.blobmeta import DIGEST_SIZE
 from erofs.errors import BadMagic, CorruptStructure, FormatError, UnsupportedFeature
-from erofs.inode import DirectoryEntry, Inode
+from erofs.inode import Inode
 from erofs.layout import DeviceSlot, Superblock
-from erofs.rafs import BlobEntry, ChunkInfo, ExtendedSuperblock, SuperFlags
+from erofs.rafs import BlobEntry, BlobFeatures, ChunkInfo, ExtendedSuperblock, SuperFlags
 from erofs.restrict import restrict_blob, restrict_extended, restrict_superblock
 from erofs.view import View
 
 __all__ = ["Bootstrap", "DirectoryEntry", "Image", "Inode", "open_bootstrap", "open_image"]
 
-_Source = Path | str | bytes | bytearray | memoryview
-_T = TypeVar("_T", bound="Image")
 
-
-class Image:
+class Image(ImageBase[Inode]):
     """An EROFS image; a context manager that closes the mapping it was opened with.
 
     Raises:
@@ -39,8 +32,7 @@ class Image:
     """
 
     def __init__(self, source: View, mapping: mmap.mmap | None = None) -> None:
-        self.view = source
-        self._mapping = mapping
+        super().__init__(source, mapping)
         if source.length < layout.SUPERBLOCK_OFFSET + layout.SUPERBLOCK_SIZE:
             raise BadMagic("not an EROFS image, too short", got=f"{source.length} bytes")
         self.superblock = superblock = Superblock.parse(source)
@@ -78,48 +70,9 @@ class Image:
         """Return how many bytes of a file one chunk index stands for."""
         return inode.chunk_size
 
-    def lookup(self, path: bytes) -> Inode | None:
-        """Return the inode at an absolute path, without following symlinks; raise `FormatError`."""
-        inode = self.root
-        for name in path.split(b"/"):
-            if name in (b"", b"."):
-                continue
-            entry = inode.lookup(name)
-            if entry is None:
-                return None
-            inode = self.inode(entry.nid)
-        return inode
-
-    def walk(self) -> Iterator[tuple[bytes, Inode]]:
-        """Yield (path, inode) of every name, depth first, parents before children.
-
-        Raises:
-            CorruptStructure: a directory is met twice, so the tree has a loop, or directories
-                share their data, so walking them would take far longer than the image is.
-        """
-        seen = {self.superblock.root_nid}
-        claimed = 0
-        stack = [(b"/", self.root)]
-        while stack:
-            path, inode = stack.pop()
-            yield path, inode
-            if not inode.is_dir:
-                continue
-            claimed += inode.size
-            if claimed > self.view.length:
-                raise CorruptStructure("directories share their data", entry=path)
-            prefix = path if path == b"/" else path + b"/"
-            children = []
-            for entry in inode.entries():
-                if entry.name in (b".", b".."):
-                    continue
-                child = self.inode(entry.nid)
-                if child.is_dir:
-                    if entry.nid in seen:
-                        raise CorruptStructure("directory met twice", entry=prefix + entry.name)
-                    seen.add(entry.nid)
-                children.append((prefix + entry.name, child))
-            stack.extend(reversed(children))
+    def file_chunks(self, inode: Inode) -> Iterator[ChunkInfo]:
+        """Raise `UnsupportedFeature`: only RAFS has a table of chunks."""
+        raise UnsupportedFeature("chunks of an image that is not RAFS", offset=inode.offset)
 
     @cached_property
     def devices(self) -> tuple[DeviceSlot, ...]:
@@ -132,27 +85,11 @@ class Image:
             for number in range(count)
         )
 
-    def close(self) -> None:
-        """Release the mapping; inodes must not be used afterwards."""
-        if self._mapping is not None:
-            self.view.data.release()
-            self._mapping.close()
-            self._mapping = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 class Bootstrap(Image):
     """A RAFS v6 bootstrap: an EROFS image with blob, chunk and prefetch tables."""
+
+    version = 6
 
     def __init__(self, source: View, mapping: mmap.mmap | None = None) -> None:
         super().__init__(source, mapping)
@@ -178,11 +115,36 @@ class Bootstrap(Image):
             blob = BlobEntry.parse(self.view, offset)
             try:
                 restrict_blob(blob, index, self.chunk_size)
+                if bool(blob.features & BlobFeatures.TARFS) != self.is_tarfs:
+                    raise CorruptStructure("either image or blob is a tar", got=f"{self.flags:#x}")
             except FormatError as error:
                 error.add_context(offset=offset, blob=index)
                 raise
             blobs.append(blob)
         return tuple(blobs)
+
+    @property
+    def inode_count(self) -> int:
+        """The number of names that the superblock tells."""
+        return self.superblock.inos
+
+    @property
+    def tables(self) -> Tables:
+        """Where the tables are."""
+        extended = self.extended
+        return Tables(
+            extended.blob_table_offset,
+            extended.blob_table_size,
+            extended.prefetch_table_offset,
+            extended.prefetch_table_size // rafs.PREFETCH_ENTRY_SIZE,
+            extended.chunk_table_offset,
+            extended.chunk_table_size,
+        )
+
+    @property
+    def blob_hints(self) -> tuple[BlobHint, ...]:
+        """What the device table says of each blob; raise `FormatError`."""
+        return tuple(BlobHint(device.mapped_blkaddr) for device in self.devices)
 
     @property
     def is_tarfs(self) -> bool:
@@ -224,7 +186,14 @@ class Bootstrap(Image):
         return {(info.blob_index, info.chunk_index): info for info in self.chunk_infos}
 
     def file_chunks(self, inode: Inode) -> Iterator[ChunkInfo]:
-        """Yield the chunk table entries of a regular file, in file order; raise `FormatError`."""
+        """Yield the chunks of a regular file, in file order; raise `FormatError`.
+
+        They are entries of the chunk table, but for tarfs, where it holds one entry a blob
+        (spec 2.5): there they are made from the inode, without a digest.
+        """
+        if self.is_tarfs:
+            yield from self._tar_pieces(inode)
+            return
         rest = inode.size
         for number, index in enumerate(inode.chunk_indexes()):
             info = self._chunks_by_place.get((index.blob_index, index.chunk_index))
@@ -246,6 +215,36 @@ class Bootstrap(Image):
             rest -= info.uncompressed_size
             yield info
 
+    def _tar_pieces(self, inode: Inode) -> Iterator[ChunkInfo]:
+        """Yield the pieces of a tar that a file is made of; raise `FormatError`."""
+        for number, index in enumerate(inode.chunk_indexes()):
+            file_offset = number * self.chunk_size
+            size = min(inode.size - file_offset, self.chunk_size)
+            offset = index.blkaddr * self.block_size
+            if not 0 <= index.blob_index < len(self.blobs):
+                raise CorruptStructure(
+                    "piece of a tar that is not in the table",
+                    offset=inode.offset,
+                    chunk=number,
+                    got=index.blob_index,
+                )
+            if offset + size > self.blobs[index.blob_index].uncompressed_size:
+                raise CorruptStructure(
+                    "file ends behind its tar", offset=inode.offset, chunk=number, got=offset + size
+                )
+            yield ChunkInfo(
+                digest=bytes(DIGEST_SIZE),
+                blob_index=index.blob_index,
+                flags=0,
+                compressed_size=size,
+                uncompressed_size=size,
+                compressed_offset=offset,
+                uncompressed_offset=offset,
+                file_offset=file_offset,
+                chunk_index=index.chunk_index,
+                crc32c=0,
+            )
+
     @cached_property
     def prefetch_nids(self) -> tuple[int, ...]:
         """The prefetch table up to its first zero; raise `FormatError`."""
@@ -257,51 +256,21 @@ class Bootstrap(Image):
         return tuple(nids[: nids.index(0)] if 0 in nids else nids)
 
 
-def _view(source: _Source) -> tuple[View, mmap.mmap | None]:
-    if not isinstance(source, Path | str):
-        return View(source), None
-    # O_NONBLOCK: a FIFO is refused instead of waited for.
-    descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(source))
-        # Block devices have no st_size; seeking to their end tells it.
-        if os.lseek(descriptor, 0, os.SEEK_END) == 0:
-            return View(b""), None
-        mapping = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
-    finally:
-        os.close(descriptor)
-    return View(mapping), mapping
-
-
-def open_image(source: _Source) -> Image:
+def open_image(source: Source) -> Image:
     """Open any uncompressed EROFS image from a path (mapped) or from bytes.
 
     Raises:
         FormatError: not an EROFS image that this reader understands.
         OSError: the path cannot be opened.
     """
-    return _open(Image, source)
+    return open_as(Image, source)
 
 
-def open_bootstrap(source: _Source) -> Bootstrap:
+def open_bootstrap(source: Source) -> Bootstrap:
     """Open a RAFS v6 bootstrap from a path (mapped) or from bytes.
 
     Raises:
         FormatError: not a RAFS v6 bootstrap, or one that strict readers refuse.
         OSError: the path cannot be opened.
     """
-    return _open(Bootstrap, source)
-
-
-def _open(kind: type[_T], source: _Source) -> _T:
-    view, mapping = _view(source)
-    try:
-        return kind(view, mapping)
-    except FormatError as error:
-        if isinstance(source, Path | str):
-            error.add_context(path=source)
-        if mapping is not None:
-            view.data.release()
-            mapping.close()
-        raise
+    return open_as(Bootstrap, source)

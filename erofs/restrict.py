@@ -100,6 +100,7 @@ def restrict_blob(blob: BlobEntry, index: int, chunk_size: int) -> None:
         or blob.ci_compressed_size > blob.ci_uncompressed_size
     ):
         raise OutOfBounds("impossible sizes of a blob", got=blob.uncompressed_size)
+    blob.encryption()
     _restrict_table(blob)
 
 

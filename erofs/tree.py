@@ -23,7 +23,7 @@ _BLKADDR_MAX = 0xFFFFFFFE
 # i_xattr_icount is 16 bits wide and counts units of 4 bytes, plus one.
 _XATTRS_MAX = 4 * 0xFFFE
 # Device slots place blobs by 32-bit block numbers, behind the bootstrap, each aligned.
-_DEVICE_SPACE_MAX = (1 << 44) - (1 << 32)
+_DEVICE_BLOCKS_MAX = (1 << 32) - (1 << 20)
 _DEVICE_ALIGNMENT = 0x80000
 
 
@@ -113,6 +113,15 @@ class ValidTree(NamedTuple):
     has_xattr: bool
 
 
+class _Limits(NamedTuple):
+    """What the image as a whole permits its files; sizes in bytes."""
+
+    chunk_size: int
+    blobs: int
+    block_size: int
+    is_dictionary: bool
+
+
 def iter_names(root: Node) -> Iterator[tuple[bytes, bytes, Node]]:
     """Yield (directory path, name, node) in the visiting order of spec rafs-v6 3.1.
 
@@ -166,21 +175,22 @@ def _check_xattrs(node: Node) -> None:
         raise CorruptStructure("xattrs too long together", expected=_XATTRS_MAX, got=total)
 
 
-def _check_regular(node: Node, chunk_size: int, blobs: int) -> None:
+def _check_regular(node: Node, limits: _Limits) -> None:
+    chunk_size, blobs, block_size, is_dictionary = limits
     if not 0 <= node.size <= _I_SIZE_MAX:
         raise CorruptStructure("impossible file size", got=node.size)
     count = -(-node.size // chunk_size)
-    if len(node.chunks) != count:
+    if len(node.chunks) != count and not is_dictionary:
         raise CorruptStructure("wrong number of chunks", expected=count, got=len(node.chunks))
     for chunk in node.chunks:
         if not 0 <= chunk.blob_index < blobs:
             raise CorruptStructure("chunk of a blob that is not in the table", got=chunk.blob_index)
-        block, rest = divmod(chunk.uncompressed_offset, layout.BLOCK_SIZE)
+        block, rest = divmod(chunk.uncompressed_offset, block_size)
         if rest or block > _BLKADDR_MAX or not 0 <= chunk.chunk_index < MAX_CHUNKS_PER_BLOB:
             raise CorruptStructure("chunk at an impossible place", got=chunk.uncompressed_offset)
 
 
-def _check_node(node: Node, chunk_size: int, blobs: int) -> None:
+def _check_node(node: Node, limits: _Limits) -> None:
     kind = stat.S_IFMT(node.mode)
     if kind not in layout.FILE_TYPES or node.mode > 0xFFFF:
         raise CorruptStructure("unknown file type", got=f"mode {node.mode:o}")
@@ -191,15 +201,24 @@ def _check_node(node: Node, chunk_size: int, blobs: int) -> None:
     if not 0 <= node.uid <= 0xFFFFFFFF or not 0 <= node.gid <= 0xFFFFFFFF:
         raise CorruptStructure("owner does not fit 32 bits", got=f"{node.uid}:{node.gid}")
     if kind == stat.S_IFREG:
-        _check_regular(node, chunk_size, blobs)
+        _check_regular(node, limits)
     elif kind == stat.S_IFLNK and not 0 < len(node.target) <= layout.SYMLINK_MAX:
         raise CorruptStructure("impossible length of a symlink target", got=len(node.target))
     if node.xattrs:
         _check_xattrs(node)
 
 
-def validate(root: Node, blobs: list[BlobEntry], chunk_size: int) -> ValidTree:
+def validate(
+    root: Node,
+    blobs: list[BlobEntry],
+    chunk_size: int,
+    block_size: int = layout.BLOCK_SIZE,
+    *,
+    dictionary: bool = False,
+) -> ValidTree:
     """Check every invariant of the format, so that the writer can rely on them.
+
+    Files of a `dictionary` may have chunks of any size.
 
     Raises:
         CorruptStructure: names the entry and what is wrong with it.
@@ -207,10 +226,12 @@ def validate(root: Node, blobs: list[BlobEntry], chunk_size: int) -> ValidTree:
     if len(blobs) > layout.MAX_DEVICES:
         raise CorruptStructure("too many blobs", expected=layout.MAX_DEVICES, got=len(blobs))
     space = sum(align_up(blob.uncompressed_size, _DEVICE_ALIGNMENT) for blob in blobs)
-    if space > _DEVICE_SPACE_MAX:
-        raise CorruptStructure("blobs too large together", expected=_DEVICE_SPACE_MAX, got=space)
+    most = _DEVICE_BLOCKS_MAX * block_size
+    if space > most:
+        raise CorruptStructure("blobs too large together", expected=most, got=space)
     if not root.is_dir:
         raise CorruptStructure("the root is not a directory")
+    limits = _Limits(chunk_size, len(blobs), block_size, dictionary)
     seen_directories: set[int] = set()
     names = 0
     has_xattr = False
@@ -224,7 +245,7 @@ def validate(root: Node, blobs: list[BlobEntry], chunk_size: int) -> ValidTree:
                 raise CorruptStructure("directory under two names", entry=entry)
             seen_directories.add(id(node))
         try:
-            _check_node(node, chunk_size, len(blobs))
+            _check_node(node, limits)
         except CorruptStructure as error:
             error.add_context(entry=entry)
             raise

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 from erofs import layout, rafs
 from erofs.layout import (
-    BLOCK_SIZE,
     CHUNK_INDEX_SIZE,
     DIRENT_SIZE,
     INODE_EXTENDED_SIZE,
@@ -38,6 +37,8 @@ __all__ = ["BootstrapSpec", "write_bootstrap"]
 
 REGION_ALIGNMENT = 4096
 DEVICE_ALIGNMENT = 0x80000
+# Relative to the metadata base: nid 0 would make the root's entries look deleted.
+FIRST_INODE = 4096
 
 
 @dataclass(slots=True)
@@ -51,6 +52,9 @@ class BootstrapSpec:
         prefetch: nodes of the tree for the prefetch table, in order.
         explicit_owners: inodes carry real owners; otherwise readers put in their own.
         force_xattr_flag: say "has xattr" whatever the tree holds, as merging does.
+        tarfs: the blobs are plain tars, addressed in blocks of 512 bytes (spec 6.1).
+        encrypted: blobs are encrypted.
+        dictionary: files are lists of chunks that nobody reads as content (spec 4.12).
     """
 
     root: Node
@@ -61,6 +65,14 @@ class BootstrapSpec:
     prefetch: Sequence[Node] = ()
     explicit_owners: bool = True
     force_xattr_flag: bool = False
+    tarfs: bool = False
+    encrypted: bool = False
+    dictionary: bool = False
+
+    @property
+    def block_size(self) -> int:
+        """Bytes in a filesystem block."""
+        return 1 << (layout.MIN_BLOCK_BITS if self.tarfs else layout.BLOCK_BITS)
 
 
 @dataclass(slots=True)
@@ -81,21 +93,22 @@ class _Place:
 class _Allocator:
     """The space allocation of spec 3.3: a cursor, and the free ends of passed blocks."""
 
-    def __init__(self) -> None:
-        self.cursor = BLOCK_SIZE
-        self._free: list[deque[int]] = [deque() for _ in range(BLOCK_SIZE // SLOT_SIZE)]
+    def __init__(self, block_size: int) -> None:
+        self.cursor = FIRST_INODE
+        self._block_size = block_size
+        self._free: list[deque[int]] = [deque() for _ in range(block_size // SLOT_SIZE)]
         # Bit k is set when `_free[k]` is not empty: spares looking through 127 lists.
         self._filled = 0
 
     def _remember(self, position: int) -> None:
-        rest = position % BLOCK_SIZE
+        rest = position % self._block_size
         if rest:
-            slots = (BLOCK_SIZE - rest) // SLOT_SIZE
+            slots = (self._block_size - rest) // SLOT_SIZE
             self._free[slots].append(position - rest)
             self._filled |= 1 << slots
 
     def _reuse(self, size: int) -> int | None:
-        if size >= BLOCK_SIZE:
+        if size >= self._block_size:
             return None
         need = -(-size // SLOT_SIZE)
         large = self._filled >> need
@@ -103,7 +116,7 @@ class _Allocator:
             return None
         slots = need + (large & -large).bit_length() - 1
         free = self._free[slots]
-        position = free.popleft() + BLOCK_SIZE - SLOT_SIZE * slots
+        position = free.popleft() + self._block_size - SLOT_SIZE * slots
         if not free:
             self._filled &= ~(1 << slots)
         self._remember(position + SLOT_SIZE * need)
@@ -114,12 +127,12 @@ class _Allocator:
 
     def _next_block(self) -> None:
         self._remember(self.cursor)
-        self.cursor = align_up(self.cursor, BLOCK_SIZE)
+        self.cursor = align_up(self.cursor, self._block_size)
 
     def place_flat(self, inode_size: int, length: int) -> tuple[int, int, int]:
         """Place a directory or symlink; return (inode, data, data layout)."""
-        tail = length % BLOCK_SIZE
-        if tail and inode_size + tail <= BLOCK_SIZE:
+        tail = length % self._block_size
+        if tail and inode_size + tail <= self._block_size:
             return self._place_inline(inode_size, length, tail)
         inode = self._reuse(inode_size)
         if inode is None:
@@ -127,20 +140,20 @@ class _Allocator:
             self.cursor += inode_size
         self._next_block()
         data = self.cursor
-        self.cursor = align_up(self.cursor + length, BLOCK_SIZE)
+        self.cursor = align_up(self.cursor + length, self._block_size)
         return inode, data, layout.LAYOUT_FLAT_PLAIN
 
     def _place_inline(self, inode_size: int, length: int, tail: int) -> tuple[int, int, int]:
         inode = self._reuse(inode_size + tail)
         if inode is None:
-            if BLOCK_SIZE - self.cursor % BLOCK_SIZE < inode_size + tail:
+            if self._block_size - self.cursor % self._block_size < inode_size + tail:
                 self._next_block()
             inode = self.cursor
             self.cursor += inode_size + tail
         if length != tail:
             self._next_block()
         data = self.cursor
-        self.cursor += align_down(length, BLOCK_SIZE)
+        self.cursor += align_down(length, self._block_size)
         return inode, data, layout.LAYOUT_FLAT_INLINE
 
     def place_file(self, inode_size: int, chunks: int) -> int:
@@ -173,12 +186,12 @@ def _inode_size(node: Node) -> int:
     return INODE_EXTENDED_SIZE + _xattr_area_size(node)
 
 
-def _directory_size(names: list[bytes]) -> int:
+def _directory_size(names: list[bytes], block_size: int) -> int:
     size = 0
     for name in names:
         length = len(name) + DIRENT_SIZE
-        if size % BLOCK_SIZE + length > BLOCK_SIZE:
-            size = align_up(size, BLOCK_SIZE)
+        if size % block_size + length > block_size:
+            size = align_up(size, block_size)
         size += length
     return size
 
@@ -212,16 +225,16 @@ def _place_child(allocator: _Allocator, node: Node) -> tuple[int, int, int]:
     return allocator.place_special(_inode_size(node)), 0, layout.LAYOUT_FLAT_PLAIN
 
 
-def _plan(root: Node) -> _Plan:
+def _plan(root: Node, block_size: int) -> _Plan:
     """Pass one: number every name and place every inode (spec 3.1, 3.3)."""
     plan = _Plan()
-    allocator = _Allocator()
+    allocator = _Allocator(block_size)
     indexes = {id(root): 1}
     stack: list[tuple[Node, Node]] = [(root, root)]
     while stack:
         node, parent = stack.pop()
         names = sorted((b".", b"..", *node.entries))
-        size = _directory_size(names)
+        size = _directory_size(names, block_size)
         inode, data, data_layout = allocator.place_flat(_inode_size(node), size)
         allocator.align()
         plan.places[id(node)] = _Place(inode, data, data_layout, indexes[id(node)], links=2)
@@ -249,7 +262,7 @@ def _plan(root: Node) -> _Plan:
     return plan
 
 
-def _chunk_bits(node: Node, chunk_size: int) -> int:
+def _chunk_bits(node: Node, chunk_size: int, block_size: int) -> int:
     """Return the inode's own chunk size exponent, in blocks (spec 3.6)."""
     size = chunk_size
     chunks = node.chunks
@@ -259,7 +272,7 @@ def _chunk_bits(node: Node, chunk_size: int) -> int:
         for left, right in pairwise(chunks)
     ):
         size = 1 << (node.size - 1).bit_length()
-    return size.bit_length() - 1 - layout.BLOCK_BITS
+    return size.bit_length() - block_size.bit_length()
 
 
 def _pack_xattrs(node: Node) -> bytes:
@@ -291,6 +304,7 @@ class _Emitter:
         self.spec = spec
         self.plan = plan
         self.regions = regions
+        self.block_size = spec.block_size
         self.image = bytearray(regions.end)
 
     def put(self, offset: int, data: bytes) -> None:
@@ -305,9 +319,9 @@ class _Emitter:
         pending: list[tuple[bytes, Node]] = []
         used = 0
         for name in directory.names:
-            if used + DIRENT_SIZE + len(name) > BLOCK_SIZE:
+            if used + DIRENT_SIZE + len(name) > self.block_size:
                 block = self._directory_block(pending)
-                blocks.append(block + bytes(BLOCK_SIZE - len(block)))
+                blocks.append(block + bytes(self.block_size - len(block)))
                 pending, used = [], 0
             if name == b".":
                 target = directory.node
@@ -338,13 +352,14 @@ class _Emitter:
         union = node.rdev
         if kind == stat.S_IFREG:
             size = node.size
-            union = layout.CHUNK_FORMAT_INDEXES | _chunk_bits(node, self.spec.chunk_size)
+            bits = _chunk_bits(node, self.spec.chunk_size, self.block_size)
+            union = layout.CHUNK_FORMAT_INDEXES | bits
         elif kind in (stat.S_IFDIR, stat.S_IFLNK):
             content = node.target
             if node.is_dir:
                 content = self.directory_content(self.plan.directories[id(node)])
             size = len(content)
-            union = (self.regions.base + place.data) // BLOCK_SIZE
+            union = (self.regions.base + place.data) // self.block_size
         xattrs = _pack_xattrs(node)
         inode = InodeExtended(
             i_format=1 | place.layout << 1,
@@ -363,14 +378,14 @@ class _Emitter:
         self.put(position, inode.pack() + xattrs)
         body = position + INODE_EXTENDED_SIZE + len(xattrs)
         if kind == stat.S_IFREG:
-            self.put(align_up(body, CHUNK_INDEX_SIZE), _pack_indexes(node.chunks))
+            self.put(align_up(body, CHUNK_INDEX_SIZE), _pack_indexes(node.chunks, self.block_size))
         elif content:
             self.emit_content(place, body, content)
 
     def emit_content(self, place: _Place, tail_position: int, content: bytes) -> None:
         plain = len(content)
         if place.layout == layout.LAYOUT_FLAT_INLINE:
-            plain = align_down(plain, BLOCK_SIZE)
+            plain = align_down(plain, self.block_size)
             self.put(tail_position, content[plain:])
         self.put(self.regions.base + place.data, content[:plain])
 
@@ -379,7 +394,7 @@ class _Emitter:
         flags = (
             rafs.COMPRESSOR_FLAGS[spec.compressor]
             | rafs.DIGESTER_FLAGS[spec.digester]
-            | SuperFlags.ENCRYPTION_NONE
+            | (SuperFlags.ENCRYPTION_ASE_128_XTS if spec.encrypted else SuperFlags.ENCRYPTION_NONE)
         )
         if spec.explicit_owners:
             flags |= SuperFlags.EXPLICIT_UID_GID
@@ -387,11 +402,14 @@ class _Emitter:
             flags |= SuperFlags.HAS_XATTR
         if all(blob.features & BlobFeatures.INLINED_CHUNK_DIGEST for blob in spec.blobs):
             flags |= SuperFlags.INLINED_CHUNK_DIGEST
+        if spec.tarfs:
+            flags |= SuperFlags.TARTFS_MODE
         superblock = Superblock(
+            blkszbits=self.block_size.bit_length() - 1,
             root_nid=self.nid(spec.root),
             inos=self.plan.names,
-            blocks=sum(blob.uncompressed_size // BLOCK_SIZE for blob in spec.blobs),
-            meta_blkaddr=regions.base // BLOCK_SIZE,
+            blocks=sum(blob.uncompressed_size // self.block_size for blob in spec.blobs),
+            meta_blkaddr=regions.base // self.block_size,
             extra_devices=len(spec.blobs),
         )
         self.put(layout.SUPERBLOCK_OFFSET, superblock.pack())
@@ -408,34 +426,39 @@ class _Emitter:
         self.put(rafs.EXTENDED_SUPERBLOCK_OFFSET, extended.pack())
 
     def emit_tables(self, chunk_infos: list[ChunkInfo]) -> None:
-        spec, regions = self.spec, self.regions
+        spec, regions, block_size = self.spec, self.regions, self.block_size
         position = regions.end
         for index, blob in enumerate(spec.blobs):
-            mapped = align_up(position, DEVICE_ALIGNMENT) // BLOCK_SIZE
-            slot = DeviceSlot(blob.blob_id, blob.uncompressed_size // BLOCK_SIZE, mapped)
+            mapped = align_up(position, DEVICE_ALIGNMENT) // block_size
+            slot = DeviceSlot(blob.blob_id, blob.uncompressed_size // block_size, mapped)
             self.put(layout.DEVICE_TABLE_OFFSET + layout.DEVICE_SLOT_SIZE * index, slot.pack())
             self.put(regions.blob_table + rafs.BLOB_ENTRY_SIZE * index, blob.pack())
-            position = (mapped + slot.blocks) * BLOCK_SIZE
+            position = (mapped + slot.blocks) * block_size
         nids = (self.nid(node) for node in spec.prefetch)
         self.put(regions.prefetch_table, b"".join(nid.to_bytes(4, "little") for nid in nids))
         self.put(regions.chunk_table, b"".join(info.pack() for info in chunk_infos))
 
 
-def _pack_indexes(chunks: list[Chunk]) -> bytes:
+def _pack_indexes(chunks: list[Chunk], block_size: int) -> bytes:
     return b"".join(
         ChunkIndex.of_chunk(
-            chunk.blob_index, chunk.chunk_index, chunk.uncompressed_offset // BLOCK_SIZE
+            chunk.blob_index, chunk.chunk_index, chunk.uncompressed_offset // block_size
         ).pack()
         for chunk in chunks
     )
 
 
-def _chunk_infos(nodes: list[Node]) -> list[ChunkInfo]:
-    """Return one entry for each distinct chunk, sorted; the last visited reference wins."""
-    table: dict[tuple[bytes, int], Chunk] = {}
+def _chunk_infos(nodes: list[Node], blobs: list[BlobEntry]) -> list[ChunkInfo]:
+    """Return one entry for each distinct chunk, sorted; the last visited reference wins.
+
+    External chunks have no digests; their numbers tell them apart.
+    """
+    external = [bool(blob.features & BlobFeatures.EXTERNAL) for blob in blobs]
+    table: dict[tuple[bytes, int, int], Chunk] = {}
     for node in nodes:
         for chunk in node.chunks:
-            table[chunk.digest, chunk.blob_index] = chunk
+            number = chunk.chunk_index if external[chunk.blob_index] else -1
+            table[chunk.digest, chunk.blob_index, number] = chunk
     return [table[key].info() for key in sorted(table)]
 
 
@@ -459,9 +482,11 @@ def write_bootstrap(spec: BootstrapSpec) -> bytes:
     Raises:
         CorruptStructure: the tree does not fit the format.
     """
-    tree = validate(spec.root, spec.blobs, spec.chunk_size)
-    plan = _plan(spec.root)
-    chunk_infos = _chunk_infos(plan.nodes)
+    tree = validate(
+        spec.root, spec.blobs, spec.chunk_size, spec.block_size, dictionary=spec.dictionary
+    )
+    plan = _plan(spec.root, spec.block_size)
+    chunk_infos = _chunk_infos(plan.nodes, spec.blobs)
     emitter = _Emitter(spec, plan, _regions(spec, plan, len(chunk_infos)))
     emitter.emit_superblocks(tree, rafs.CHUNK_INFO_SIZE * len(chunk_infos))
     emitter.emit_tables(chunk_infos)

@@ -4,6 +4,7 @@ The invariant: whatever the bytes are, reading succeeds or raises `FormatError`,
 and dump never raise.
 """
 
+import struct
 from contextlib import suppress
 
 from undump import rebuild
@@ -11,17 +12,27 @@ from undump import rebuild
 from erofs import (
     CodecError,
     FormatError,
-    blobmeta,
+    IntegrityError,
     check_blob,
     check_image,
     dump_blob,
     dump_image,
+    framing,
     open_bootstrap,
     open_image,
 )
 from erofs.blobcheck import read_compression_header, read_compression_table
-from erofs.rafs import BlobEntry
+from erofs.blobmeta import CompressionTableHeader
+from erofs.citable import decompress_table, parse_cached, parse_table
+from erofs.inlined import read_inlined_bootstrap
+from erofs.rafs import BlobEntry, BlobFeatures
 from erofs.view import View
+
+_FEATURES = (
+    BlobFeatures.CHUNK_INFO_V2,
+    BlobFeatures.CHUNK_INFO_V2 | BlobFeatures.BATCH,
+    BlobFeatures.CHUNK_INFO_V2 | BlobFeatures.ZRAN,
+)
 
 
 def _inode(image, inode):
@@ -85,15 +96,9 @@ def read_bootstrap(data):
 def read_blob(data, entry=None):
     """Read everything of a blob."""
     blob = View(data)
-    for read in (blobmeta.read_sections, blobmeta.read_toc):
-        with suppress(FormatError):
+    for read in (framing.read_sections, framing.read_toc, read_inlined_bootstrap):
+        with suppress(FormatError, CodecError, IntegrityError):
             read(blob)
-    with suppress(FormatError):
-        header = blobmeta.CompressionTableHeader.parse(blob)
-        header.require_v1()
-    for count in (0, 1, len(data) // 16):
-        with suppress(FormatError):
-            blobmeta.parse_compression_table(data, count)
     if entry is not None:
         with suppress(FormatError):
             read_compression_header(blob, entry)
@@ -101,6 +106,40 @@ def read_blob(data, entry=None):
             read_compression_table(blob, entry)
         list(check_blob(entry, blob, data=True))
     assert rebuild(list(dump_blob(blob, entry)), data) == bytes(data)
+
+
+def read_table(data):
+    """Read the input as a cached table, and as a table behind a header of its first bytes."""
+    with suppress(FormatError):
+        parse_cached(data)
+    words = struct.unpack("<IIIIQQQQQI", bytes(data[:60]).ljust(60, b"\0"))
+    header = CompressionTableHeader._make(words[1:])
+    plain = data[60:]
+    for features in (header.features, *_FEATURES):
+        count = min(header.ci_entries, len(plain) // 24)
+        for fixed in (
+            header,
+            header._replace(
+                features=features,
+                ci_compressor=0,
+                ci_entries=count,
+                ci_compressed_size=len(plain),
+                ci_uncompressed_size=len(plain),
+                context_offset=24 * count,
+                context_size=len(plain) - 24 * count,
+                context_count=header.context_count % (count + 1),
+            ),
+        ):
+            with suppress(FormatError, CodecError):
+                decompress_table(fixed, plain)
+            with suppress(FormatError):
+                _use(parse_table(fixed, plain))
+
+
+def _use(table):
+    for index in range(len(table.entries)):
+        assert sum(table.stored_range(index)) <= 1 << 41
+    assert table.uncompressed_size <= 1 << 45
 
 
 def entry_at(data):

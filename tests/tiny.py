@@ -2,10 +2,10 @@
 
 import stat
 
-from builder.blob import BlobWriter
-from erofs import BootstrapSpec, Node, codec, write_bootstrap
+from builder.blob import BlobFormat, BlobWriter
+from erofs import BootstrapSpec, Chunk, Node, write_bootstrap
 from erofs.digest import crc32c, digest
-from erofs.rafs import Compressor, Digester
+from erofs.rafs import BlobEntry, BlobFeatures, Compressor, Digester
 
 
 class TinyImage:
@@ -19,7 +19,8 @@ class TinyImage:
         self.chunk_size = chunk_size
         self.compressor = compressor
         self.digester = digester
-        self.writer = BlobWriter(self, compressor, digester, chunk_size, toc=toc)
+        self.form = BlobFormat(compressor, digester, chunk_size, toc=toc)
+        self.writer = BlobWriter(self, self.form)
         self.root = Node.directory()
         self.entry = None
 
@@ -32,8 +33,9 @@ class TinyImage:
             piece = data[start : start + self.chunk_size]
             key = digest(self.digester, piece)
             if key not in self.chunks:
-                stored = codec.compress(self.compressor, piece)
-                self.chunks[key] = self.writer.append_chunk(piece, stored, key, crc32c(piece))
+                size, crc = len(piece), crc32c(piece)
+                self.chunks[key] = chunk = Chunk(key, 0, 0, 0, size, 0, 0, 0, 0, crc)
+                self.writer.add_chunk(chunk, piece, self.form.encode(piece))
             self.chunks[key].file_offset = start
             node.chunks.append(self.chunks[key])
         return node
@@ -60,6 +62,51 @@ class TinyImage:
         return write_bootstrap(self.spec)
 
 
+class TinyTarfs:
+    """The same over a tar, of which only what lies in the places of the files is there."""
+
+    def __init__(self, chunk_size=0x1000):
+        self.blob = bytearray()
+        self.chunk_size = chunk_size
+        self.root = Node.directory()
+        self.count = 0
+        self.entry = None
+
+    def file(self, data, **attributes):
+        node = Node(stat.S_IFREG | 0o644, size=len(data), **attributes)
+        self.blob += bytes(512)
+        for start in range(0, len(data), self.chunk_size):
+            piece = data[start : start + self.chunk_size]
+            size, offset = len(piece), len(self.blob)
+            self.blob += piece
+            node.chunks.append(
+                Chunk(bytes(32), 0, 0, size, size, offset, offset, start, self.count, 0)
+            )
+            self.count += 1
+        self.blob += bytes(-len(self.blob) % 512)
+        return node
+
+    def finish(self, prefetch=()):
+        """Return the bytes of the bootstrap."""
+        size = len(self.blob)
+        if self.count:
+            self.entry = BlobEntry(
+                digest(Digester.SHA256, self.blob).hex().encode(), 0, self.chunk_size, self.count,
+                Compressor.NONE, Digester.SHA256, BlobFeatures.TARFS | BlobFeatures.CAP_TAR_TOC,
+                size, size, 0, Compressor.LZ4_BLOCK, 0, 0, 0,
+            )  # fmt: skip
+        self.spec = BootstrapSpec(
+            root=self.root,
+            blobs=[] if self.entry is None else [self.entry],
+            chunk_size=self.chunk_size,
+            compressor=Compressor.NONE,
+            digester=Digester.SHA256,
+            prefetch=prefetch if self.entry is not None else (),
+            tarfs=True,
+        )
+        return write_bootstrap(self.spec)
+
+
 def symlink(target, **attributes):
     return Node(stat.S_IFLNK | 0o777, target=target, **attributes)
 
@@ -70,7 +117,11 @@ def device(kind, rdev=0):
 
 def everything(**options):
     """Return an unfinished image with a bit of all that the format knows."""
-    image = TinyImage(**options)
+    return fill(TinyImage(**options))
+
+
+def fill(image):
+    """Put a bit of all that the format knows into an image."""
     entries = image.root.entries
     entries[b"empty"] = image.file(b"")
     entries[b"small"] = image.file(b"small content\n", mtime=1_700_000_000, mtime_nsec=5)

@@ -3,7 +3,7 @@
 import ast
 import re
 
-from erofs import blobmeta, layout, rafs
+from erofs import blobmeta, contexts, framing, layout, rafs
 from erofs.blobdump import _SectionHeader
 
 _LINE = re.compile(r"([0-9a-f]+)\+([0-9a-f]+) (\S+) ?(.*)")
@@ -23,7 +23,10 @@ _RECORDS = {
     "section": _SectionHeader,
     "ci_header": blobmeta.CompressionTableHeader,
     "ci": blobmeta.CompressionInfo,
-    "toc": blobmeta.TocEntry,
+    "ci2": blobmeta.CompressionInfoV2,
+    "batch": contexts.BatchContext,
+    "zran": contexts.ZranContext,
+    "toc": framing.TocEntry,
 }
 _QUOTED = {"name", "target", "data", "xattr_name", "xattr_value"}
 _BYTES = {
@@ -39,7 +42,7 @@ def _value(field, text, record):
 
 
 def _is_number(record, field):
-    return record in (layout.InodeCompact, layout.Dirent) or (
+    return record in (layout.InodeCompact, layout.Dirent, contexts.ZranContext) or (
         record is layout.InodeExtended and field == "reserved"
     )
 

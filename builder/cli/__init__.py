@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from builder.cli import check, create, inspect, merge, unpack
+from builder.cli import check, chunkdict, create, export, inspect, merge, stat, unpack
 from erofs.console import LOG_LEVELS, CommandParser, print_version, set_up_logging
 from erofs.errors import NydusError
 
 __all__ = ["main"]
 
-_COMMANDS = (create, merge, check, inspect, unpack)
+_COMMANDS = (create, chunkdict, merge, check, export, inspect, stat, unpack)
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT

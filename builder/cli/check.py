@@ -16,7 +16,7 @@ from builder.cli.common import add_bootstrap_arguments, bootstrap_path, write_ut
 from builder.datacheck import check_data
 from builder.listing import blob_lines, inode_lines, log_features
 from builder.report import report, write_report
-from erofs import Bootstrap
+from erofs import AnyBootstrap
 from erofs.check import ERROR, Finding, check_image
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
                 bootstrap=path,
                 blobs=ids,
                 compressor=image.compressor,
+                version=image.version,
                 seconds=seconds,
                 events={},
             )
@@ -90,7 +91,7 @@ def _tell(findings: Iterable[tuple[str, Finding]]) -> bool:
     return sound
 
 
-def _list(image: Bootstrap, ids: list[str], verbose: bool) -> None:
+def _list(image: AnyBootstrap, ids: list[str], verbose: bool) -> None:
     write_utf8()
     if verbose:
         for line in inode_lines(image):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,14 +44,16 @@ class Progress:
     def __init__(self, what: str) -> None:
         self._line = ProgressLine(what)
         self._done = 0
+        self._lock = threading.Lock()
 
     def callback(self) -> Callable[[int], None] | None:
         """Return the function to hand to the library, None when nobody watches."""
         return self._advance if self._line.enabled else None
 
     def _advance(self, count: int) -> None:
-        self._done += count
-        self._line.show(self._done)
+        with self._lock:
+            self._done += count
+            self._line.show(self._done)
 
     def end(self) -> None:
         """Take the line away again."""

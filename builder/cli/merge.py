@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from builder.backends import daemon_backend
+from builder.chunkdict import dictionary_path
 from builder.cli.common import read_patterns
 from builder.cli.create import log_success
 from builder.merge import MergeOptions, merge
@@ -54,6 +56,15 @@ def add_parser(
         help="Directory path to save generated RAFS metadata and data blobs",
     )  # fmt: skip
     parser.add_argument(
+        "--chunk-dict", metavar="<chunk-dict>",
+        help="File path of chunk dictionary for data deduplication",
+    )  # fmt: skip
+    parser.add_argument(
+        "-C", "--config", metavar="<config>", type=Path,
+        help="Configuration file for storage backend, cache and RAFS FUSE filesystem;"
+        " a SOURCE may then be a blob with inlined metadata, and blobs keep their ids",
+    )  # fmt: skip
+    parser.add_argument(
         "--prefetch-policy", metavar="<prefetch-policy>", default="none",
         choices=[policy.value for policy in PrefetchPolicy],
         help="Set data prefetch policy [default: none] [possible values: fs, blob, none]",
@@ -95,6 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.parser.error(
             "the following required arguments were not provided:\n  --bootstrap <bootstrap>"
         )
+    if arguments.config is not None:
+        daemon_backend(arguments.config)
     policy = PrefetchPolicy(arguments.prefetch_policy)
     result, compressor = merge(
         arguments.sources,
@@ -102,6 +115,9 @@ def run(arguments: argparse.Namespace) -> int:
             bootstrap=arguments.bootstrap,
             blob_dir=arguments.blob_dir,
             parent_bootstrap=arguments.parent_bootstrap,
+            chunk_dict=dictionary_path(arguments.chunk_dict) if arguments.chunk_dict else None,
+            keep_ids=arguments.config is not None,
+            inlined=arguments.config is not None or arguments.blob_dir is not None,
             prefetch_policy=policy,
             prefetch_patterns=[] if policy is PrefetchPolicy.NONE else read_patterns(),
             original_blob_ids=arguments.original_blob_ids,

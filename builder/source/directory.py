@@ -57,9 +57,11 @@ def _add_content(path: bytes, node: Node, sink: ContentSink) -> None:
 class _Scanner:
     """Builds the tree and remembers where each regular file's content is."""
 
-    def __init__(self, top: bytes, options: SourceOptions) -> None:
+    def __init__(self, top: bytes, options: SourceOptions, lowest: bool) -> None:
         self._top = top
         self._options = options
+        self._lowest = lowest
+        self.entries = 0
         self._inodes: dict[tuple[int, int], Node] = {}
         self.paths: dict[int, bytes] = {}
 
@@ -85,13 +87,16 @@ class _Scanner:
                 found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
         except OSError as error:
             raise _failed("cannot be listed", path, error) from error
+        self.entries += len(found)
         for name, status in found:
             if not self._is_whiteout(name, status):
                 child_path = path + b"/" + name
                 yield name, child_path, self._node(child_path, status)
 
     def _is_whiteout(self, name: bytes, status: os.stat_result) -> bool:
-        """Tell whether the entry only deletes something of a layer below (there is none)."""
+        """Tell whether the entry only deletes something, while there is no layer below."""
+        if not self._lowest:
+            return False
         if self._options.whiteout_spec is WhiteoutSpec.OCI:
             return name.startswith(_WHITEOUT_PREFIX)
         if self._options.whiteout_spec is WhiteoutSpec.OVERLAYFS:
@@ -150,17 +155,24 @@ class _Scanner:
 class ScannedDirectory:
     """A directory whose names and attributes are read; the content still is to come.
 
-    `root` is its tree, complete but for the chunks of regular files.
+    `root` is its tree, complete but for the chunks of regular files; `entries` counts all that
+    was found, deletion marks too.
+
+    Args:
+        source: the directory.
+        options: what to take of it.
+        lowest: there is no layer below, so what deletes something there is left out.
 
     Raises:
         BuildError: from both steps; names the path that cannot be read, or that changed.
     """
 
-    def __init__(self, source: Path, options: SourceOptions) -> None:
+    def __init__(self, source: Path, options: SourceOptions, *, lowest: bool = True) -> None:
         if not source.is_dir():
             raise BuildError("specified path must be a directory", path=source)
-        scanner = _Scanner(os.fsencode(source), options)
+        scanner = _Scanner(os.fsencode(source), options, lowest)
         self.root = scanner.scan()
+        self.entries = scanner.entries
         self._paths = scanner.paths
 
     def feed(self, sink: ContentSink, first: Sequence[Node] = ()) -> None:

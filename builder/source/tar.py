@@ -1,69 +1,35 @@
-"""Read a tar, plain or gzip, from a file, FIFO or pipe into a tree (spec rafs-v6 3.8).
+"""Read a tar into a tree (spec rafs-v6 3.8).
 
-Where the real tool is wrong we do the right thing: entries without their parent
-directories land where they belong, and FIFOs need no device numbers.
+Where the real tool is wrong we do the right thing: entries without their parent directories
+land where they belong, those below a symlink where it leads, hard links may come before what
+they link to, and FIFOs need no device numbers.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
 import stat
-import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import NamedTuple
 
 from builder.errors import BuildError
 from builder.source.options import ContentSink, SourceOptions
 from builder.tarstream import ByteStream, TarMember, TarStream
 from erofs import Node, error_context
-from erofs.layout import encode_device_number
+from erofs.layout import NAME_MAX, encode_device_number
 from erofs.tree import iter_names, split_xattr_name
 
-__all__ = ["load_tar", "open_tar", "source_name"]
+__all__ = ["load_tar"]
 
-_GZIP_MAGIC = b"\x1f\x8b"
-_BUFFER_BYTES = 1 << 20
 # eStargz keeps these in the root for itself.
 _SKIPPED = frozenset({b"stargz.index.json", b".prefetch.landmark", b".no.prefetch.landmark"})
 _DEVICE_KINDS = frozenset({stat.S_IFCHR, stat.S_IFBLK})
+# As the kernel counts them.
+_MAX_SYMLINKS = 40
+
+_Parts = tuple[bytes, ...]
 
 
-@contextmanager
-def open_tar(source: Path | BinaryIO) -> Iterator[io.BufferedIOBase]:
-    """Open a tar for reading forward, unpacking gzip when the first bytes say so.
-
-    Raises:
-        BuildError: the source cannot be read, or is not a file, FIFO or character device.
-    """
-    name = source_name(source)
-    try:
-        with ExitStack() as stack:
-            raw = source
-            if isinstance(raw, Path):
-                mode = raw.stat().st_mode
-                if stat.S_ISDIR(mode) or stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
-                    raise BuildError("must be a regular file, FIFO or character device", path=name)
-                raw = stack.enter_context(raw.open("rb", buffering=0))
-            buffered = io.BufferedReader(cast(io.RawIOBase, raw), _BUFFER_BYTES)
-            if not isinstance(source, Path):
-                # What was handed in stays open when the wrapper goes.
-                stack.callback(buffered.detach)
-            if buffered.peek(2)[:2] == _GZIP_MAGIC:
-                yield stack.enter_context(gzip.GzipFile(fileobj=buffered))
-            else:
-                yield buffered
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise BuildError(f"broken gzip data ({error})", path=name) from error
-    except OSError as error:
-        raise BuildError(f"cannot be read ({error.strerror})", path=name) from error
-
-
-def source_name(source: Path | BinaryIO) -> str:
-    """Return what to call a source in messages."""
-    return str(source if isinstance(source, Path) else getattr(source, "name", "input"))
+class _Missing(BuildError):
+    """A directory that is not there, on a way where none is made."""
 
 
 class _Attributes(NamedTuple):
@@ -76,47 +42,94 @@ class _Attributes(NamedTuple):
     mtime_nsec: int
 
 
+class _Place(NamedTuple):
+    """Where a member belongs: its directory, its name, and its path without symlinks."""
+
+    directory: Node
+    name: bytes
+    path: _Parts
+
+
 class _Loader:
     def __init__(
-        self, stream: TarStream, name: str, sink: ContentSink, options: SourceOptions
+        self,
+        stream: TarStream,
+        name: str,
+        sink: ContentSink,
+        options: SourceOptions,
+        in_place: bool,
     ) -> None:
         self._stream = stream
         self._name = name
         self._sink = sink
         self._options = options
+        self._in_place = in_place
         self.root = Node.directory()
-        # By full path, for every name of an inode that has more than one.
-        self._linked: dict[bytes, _Attributes] = {}
+        # By path, for every name of an inode that has more than one.
+        self._linked: dict[_Parts, _Attributes] = {}
+        # Hard links to what has not come yet.
+        self._waiting: dict[_Parts, TarMember] = {}
 
     def load(self) -> Node:
         for member in self._stream:
-            self._add(member)
+            with error_context(path=self._name, entry=member.path, offset=member.offset):
+                file = self._add(member)
+            if file is not None:
+                self._sink.add_file(file, self._stream)
+        self._link_waiting()
         self._settle_links()
         return self.root
 
-    def _error(self, what: str, member: TarMember) -> BuildError:
-        return BuildError(what, path=self._name, entry=member.path, offset=member.offset)
-
-    def _parts(self, path: bytes, member: TarMember) -> list[bytes]:
-        parts = [part for part in path.split(b"/") if part not in (b"", b".")]
+    def _parts(self, path: bytes) -> _Parts:
+        parts = tuple(part for part in path.split(b"/") if part not in (b"", b"."))
         for part in parts:
             if part == b"..":
-                raise self._error("path with a '..' component", member)
-            if len(part) > 255 or b"\0" in part:
-                raise self._error("path with an impossible component", member)
+                raise BuildError("path with a '..' component")
+            if len(part) > NAME_MAX or b"\0" in part:
+                raise BuildError("path with an impossible component")
         return parts
 
-    def _parent(self, parts: list[bytes], member: TarMember) -> Node:
-        """Return the directory that holds the last part; missing ones are made."""
-        directory = self.root
-        for part in parts[:-1]:
+    def _place(self, parts: _Parts) -> _Place:
+        """Return where a path leads; directories that are missing on the way are made."""
+        directory, path = self._walk(parts[:-1], make=True)
+        return _Place(directory, parts[-1], (*path, parts[-1]))
+
+    def _walk(self, parts: _Parts, *, make: bool) -> tuple[Node, _Parts]:
+        """Return the directory at a path, and its path without symlinks.
+
+        Directories of the path that are missing are made, but not those of symlinks.
+
+        Raises:
+            _Missing: there is no such directory.
+            BuildError: something on the way is no directory.
+        """
+        path: list[tuple[bytes, Node]] = []
+        rest = [(part, make) for part in reversed(parts)]
+        links = 0
+        while rest:
+            directory = path[-1][1] if path else self.root
+            part, make_it = rest.pop()
+            if part == b"..":
+                del path[-1:]
+                continue
             child = directory.entries.get(part)
-            if child is None:
+            if child is None and make_it:
                 child = directory.entries[part] = Node.directory()
-            if not child.is_dir:
-                raise self._error(f"parent {part!r} is not a directory", member)
-            directory = child
-        return directory
+            if child is None:
+                raise _Missing("parent is a symlink to nowhere", got=part)
+            if child.target:
+                links += 1
+                if links > _MAX_SYMLINKS:
+                    raise BuildError("parent is a loop of symlinks", got=part)
+                if child.target.startswith(b"/"):
+                    path.clear()
+                steps = reversed(child.target.split(b"/"))
+                rest += [(step, False) for step in steps if step not in (b"", b".")]
+            elif child.is_dir:
+                path.append((part, child))
+            else:
+                raise BuildError("parent is not a directory", got=part)
+        return path[-1][1] if path else self.root, tuple(name for name, _ in path)
 
     def _attributes(self, member: TarMember) -> _Attributes:
         mtime, nsec = member.mtime, 0
@@ -125,26 +138,31 @@ class _Loader:
         owner = (member.uid, member.gid) if self._options.keep_owners else (0, 0)
         return _Attributes(member.mode, *owner, mtime, nsec)
 
-    def _add(self, member: TarMember) -> None:
-        parts = self._parts(member.path, member)
+    def _add(self, member: TarMember) -> Node | None:
+        """Add a member to the tree; return the file whose content is to be taken, if it is one."""
+        parts = self._parts(member.path)
         if not parts:
             if not stat.S_ISDIR(member.kind) or member.is_hardlink:
-                raise self._error("the root is not a directory", member)
+                raise BuildError("the root is not a directory")
             self._apply(self.root, member)
-            return
+            return None
         if len(parts) == 1 and parts[0] in _SKIPPED:
-            return
-        directory = self._parent(parts, member)
-        name = parts[-1]
-        path = b"/" + b"/".join(parts)
-        self._linked.pop(path, None)
-        if member.is_hardlink:
-            self._add_link(directory, name, path, member)
-            return
-        old = directory.entries.get(name)
+            return None
+        place = self._place(parts)
+        self._linked.pop(place.path, None)
+        self._waiting.pop(place.path, None)
+        if not member.is_hardlink:
+            return self._add_node(place, member)
+        if not self._add_link(place, member):
+            place.directory.entries.pop(place.name, None)
+            self._waiting[place.path] = member
+        return None
+
+    def _add_node(self, place: _Place, member: TarMember) -> Node | None:
+        old = place.directory.entries.get(place.name)
         if old is not None and old.is_dir and stat.S_ISDIR(member.kind):
             self._apply(old, member)
-            return
+            return None
         node = Node(member.kind)
         if stat.S_ISDIR(member.kind):
             node.children = {}
@@ -153,16 +171,18 @@ class _Loader:
         elif member.kind in _DEVICE_KINDS:
             node.rdev = encode_device_number(member.major, member.minor)
         self._apply(node, member)
-        directory.entries[name] = node
-        if stat.S_ISREG(member.kind):
-            node.size = member.size
-            self._sink.add_file(node, self._stream)
+        place.directory.entries[place.name] = node
+        if not stat.S_ISREG(member.kind):
+            return None
+        if member.sparse is not None and self._in_place:
+            raise BuildError("sparse file, whose content is not in the tar as it is")
+        node.size = member.size
+        return node
 
     def _apply(self, node: Node, member: TarMember) -> None:
         self._set(node, self._attributes(member))
-        with error_context(path=self._name, entry=member.path):
-            for name in member.xattrs:
-                split_xattr_name(name)
+        for name in member.xattrs:
+            split_xattr_name(name)
         node.xattrs = member.xattrs
 
     @staticmethod
@@ -171,37 +191,88 @@ class _Loader:
         node.uid, node.gid = attributes.uid, attributes.gid
         node.mtime, node.mtime_nsec = attributes.mtime, attributes.mtime_nsec
 
-    def _add_link(self, directory: Node, name: bytes, path: bytes, member: TarMember) -> None:
-        target_parts = self._parts(member.link, member)
-        node: Node | None = self.root
-        for part in target_parts:
-            node = node.children.get(part) if node is not None and node.children else None
-        if node is None:
-            raise self._error(f"hard link to {member.link!r}, which is not there", member)
+    def _add_link(self, place: _Place, member: TarMember) -> bool:
+        """Add a hard link; return False when what it links to is not there."""
+        found = self._find(self._parts(member.link))
+        if found is None:
+            return False
+        node, target = found
+        if node.is_dir:
+            raise BuildError(f"hard link to {member.link!r}, which is a directory")
         if not stat.S_ISREG(node.mode):
-            raise self._error(f"hard link to {member.link!r}, which is not a regular file", member)
-        target_path = b"/" + b"/".join(target_parts)
-        own = _Attributes(stat.S_IMODE(node.mode), node.uid, node.gid, node.mtime, node.mtime_nsec)
-        self._linked.setdefault(target_path, own)
-        self._linked[path] = self._attributes(member)
-        directory.entries[name] = node
+            # Only regular files share an inode in RAFS (spec 3.5).
+            node = Node(node.mode, rdev=node.rdev, target=node.target, xattrs=dict(node.xattrs))
+            self._set(node, self._attributes(member))
+        elif target != place.path:
+            own = _Attributes(
+                stat.S_IMODE(node.mode), node.uid, node.gid, node.mtime, node.mtime_nsec
+            )
+            self._linked.setdefault(target, own)
+            self._linked[place.path] = self._attributes(member)
+        place.directory.entries[place.name] = node
+        return True
+
+    def _find(self, parts: _Parts) -> tuple[Node, _Parts] | None:
+        """Return what is at a path, and its path without symlinks; None when it is not there."""
+        if not parts:
+            return self.root, ()
+        try:
+            directory, path = self._walk(parts[:-1], make=False)
+        except _Missing:
+            return None
+        node = directory.entries.get(parts[-1])
+        return None if node is None else (node, (*path, parts[-1]))
+
+    def _link_waiting(self) -> None:
+        """Add the hard links that came before what they link to, which may be links, too."""
+        progress = True
+        while progress and self._waiting:
+            progress = False
+            for path, member in list(self._waiting.items()):
+                with error_context(path=self._name, entry=member.path, offset=member.offset):
+                    place = self._place(path)
+                    if self._add_link(place, member):
+                        progress = True
+                        del self._waiting[path]
+        for member in self._waiting.values():
+            raise BuildError(
+                f"hard link to {member.link!r}, which is not there",
+                path=self._name,
+                entry=member.path,
+                offset=member.offset,
+            )
 
     def _settle_links(self) -> None:
         """Give linked inodes the attributes of their last name in visiting order (spec 3.5)."""
         if not self._linked:
             return
         for directory, name, node in iter_names(self.root):
-            attributes = self._linked.get(directory + b"/" + name)
+            path = tuple((directory + b"/" + name).split(b"/")[1:])
+            attributes = self._linked.get(path)
             if attributes is not None:
                 self._set(node, attributes)
 
 
-def load_tar(stream: ByteStream, name: str, sink: ContentSink, options: SourceOptions) -> Node:
+def load_tar(
+    stream: ByteStream,
+    name: str,
+    sink: ContentSink,
+    options: SourceOptions,
+    *,
+    in_place: bool = False,
+) -> Node:
     """Read a whole tar from front to back.
 
     Whiteout entries of a single tar stay files, whatever the whiteout spec (spec 3.8).
 
+    Args:
+        stream: the tar.
+        name: what to call it.
+        sink: takes the content of files.
+        options: what to take from it.
+        in_place: the image will refer to the tar, which cannot be done for sparse files.
+
     Raises:
         BuildError: names source, entry and offset.
     """
-    return _Loader(TarStream(stream, name), name, sink, options).load()
+    return _Loader(TarStream(stream, name), name, sink, options, in_place).load()

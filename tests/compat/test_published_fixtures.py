@@ -9,19 +9,20 @@ from fixtures_path import FIXTURES, needs_fixtures
 from undump import rebuild
 
 from erofs import (
-    blobmeta,
     check_blob,
     check_image,
     codec,
     dump_blob,
     dump_image,
+    framing,
     layout,
     open_bootstrap,
 )
 from erofs.blobcheck import read_compression_table
-from erofs.blobmeta import CompressionTableHeader
+from erofs.citable import parse_cached
 from erofs.digest import digest
 from erofs.errors import FormatError
+from erofs.inlined import read_inlined_bootstrap
 from erofs.rafs import Compressor, Digester
 from erofs.view import View
 
@@ -174,13 +175,13 @@ def _section(blob, section):
         "size": section.size,
         "header_offset": section.header_offset,
     }
-    if section.name == blobmeta.SECTION_TOC:
+    if section.name == framing.SECTION_TOC:
         values["entries"] = [
             {"flags": entry.flags, "name": entry.name.decode(),
              "uncompressed_sha256": entry.digest.hex(), "compressed_offset": entry.offset,
              "compressed_size": entry.compressed_size,
              "uncompressed_size": entry.uncompressed_size}
-            for entry in blobmeta.read_toc(blob).entries
+            for entry in framing.read_toc(blob).entries
         ]  # fmt: skip
     return values
 
@@ -194,7 +195,7 @@ def _chunks(blob, image):
         for info in image.file_chunks(inode)
     }
     found = []
-    for number, chunk in enumerate(read_compression_table(blob, image.blobs[0])):
+    for number, chunk in enumerate(read_compression_table(blob, image.blobs[0]).entries):
         stored = blob.read_at(chunk.compressed_offset, chunk.compressed_size)
         data = codec.decompress(Compressor.ZSTD, stored, chunk.uncompressed_size)
         found.append(
@@ -212,7 +213,7 @@ def test_blobs_decode_to_the_expected_values():
         found[name] = {
             "size": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
-            "sections_in_file_order": [_section(blob, s) for s in blobmeta.read_sections(blob)],
+            "sections_in_file_order": [_section(blob, s) for s in framing.read_sections(blob)],
         }
         if name == _MARCH_2023:
             image = open_bootstrap(_NYDUS / "v6" / boot)
@@ -233,12 +234,12 @@ def test_blob_of_the_release_candidate():
     image = open_bootstrap(_NYDUS / "v6" / _BOOTSTRAPS[1])
     found = list(check_blob(image.blobs[0], View(data), image, data=True))
     assert [(f.severity, f.what[:8]) for f in found] == [("warning", "blob id ")]
-    toc = blobmeta.read_toc(View(data))
+    toc = framing.read_toc(View(data))
     for entry in toc.entries:
         section = data[entry.offset : entry.offset + entry.compressed_size]
-        if entry.name == blobmeta.SECTION_BLOB:
-            section = data[: entry.compressed_size + blobmeta.TAR_HEADER_SIZE]
-        elif entry.flags == blobmeta.TOC_ZSTD:
+        if entry.name == framing.SECTION_BLOB:
+            section = data[: entry.compressed_size + framing.TAR_HEADER_SIZE]
+        elif entry.flags == framing.TOC_ZSTD:
             section = codec.decompress(Compressor.ZSTD, section, entry.uncompressed_size)
             assert section == (_NYDUS / "v6" / _BOOTSTRAPS[1]).read_bytes()
         assert digest(Digester.SHA256, section) == entry.digest, entry.name
@@ -253,18 +254,31 @@ def test_constructed_example():
     assert image.lookup(b"/link").readlink() == b"data"
 
 
-def test_header_of_a_zran_table():
-    # Entries of version 2 are not read here, so only the header is compared.
+def test_zran_table_of_a_cache():
     name = next((_NYDUS / "zran").glob("233c72f2*"))
-    data = name.read_bytes()
-    header = CompressionTableHeader.parse(View(data), len(data) - 4096)
+    table = parse_cached(name.read_bytes())
     expected = _expected("zran-233c72f2.blob.meta.json")
-    assert len(expected.pop("chunks")) == expected["ci_entries"]
-    assert len(expected.pop("contexts")) == expected["zran_count"]
-    names = list(header._fields)
+    chunks, contexts = expected.pop("chunks"), expected.pop("contexts")
+    names = list(table.header._fields)
     names[-3:] = ["zran_offset", "zran_size", "zran_count"]
-    found = dict(zip(names, header, strict=True))
+    found = dict(zip(names, table.header, strict=True))
     assert {"magic": "0xb10bb10b"} | found | {"features": hex(found["features"])} == expected
+    assert [
+        {
+            "uncompressed_offset": entry.uncompressed_offset,
+            "uncompressed_size": entry.uncompressed_size,
+            "flags": entry.flags,
+            "compressed_offset": entry.compressed_offset,
+            "compressed_size": entry.compressed_size,
+            "zran_index": entry.context,
+            "zran_offset": entry.data,
+        }
+        for entry in table.entries
+    ] == chunks
+    found = [context._asdict() for context in table.zran]
+    assert all(not context.pop("reserved") for context in found)
+    assert found == contexts
+    assert len(table.dictionaries) == sum(context.dict_size for context in table.zran)
 
 
 # Bootstraps that are not sound, or hold what we do not read: folder or file, and why.
@@ -342,6 +356,7 @@ def _blobs():
 
 
 _PLAIN = [
+    "batch-4k-zstd/boot", "batch-64k-none/boot", "batch-64k-zstd/boot", "batch-l1-toc/boot.gz",
     "chunkdict/l2.boot", "dir-none-64k/boot.gz", "dir-repeatable/boot", "dir-zstd/boot.gz",
     "optimize-toc/boot", "tar-big-16m/boot", "tar-big-64k-lz4/boot", "tar-chunk4k/boot.gz",
     "tar-lz4/boot.gz", "tar-none-sha256/boot", "tar-zstd-sha256/boot", "tar-zstd/boot.gz",
@@ -361,3 +376,50 @@ def test_blobs_of_the_tool(name):
         assert rebuild(list(dump_blob(View(data), entry)), data) == data
         checked += 1
     assert checked
+
+
+def test_blob_of_batches_with_everything_inside():
+    data = _load(_CASES / "batch-1m-lz4-toc" / "blob.nydus")
+    image = open_bootstrap(read_inlined_bootstrap(View(data)))
+    (entry,) = image.blobs
+    found = list(check_blob(entry, View(data), image, data=True))
+    assert [f for f in found if "no known digest" not in f.what] == []
+    assert rebuild(list(dump_blob(View(data), entry)), data) == data
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["zran", "zran-big", "zran-big-64k", "zran-multi-member", "zran-plain-tar"],
+)
+def test_zran_tables_of_the_tool(case):
+    boot = next(p for p in (_CASES / case).iterdir() if p.name.startswith("boot"))
+    image = open_bootstrap(_load(boot))
+    (entry,) = image.blobs
+    data = next(
+        _load(path)
+        for path in (_CASES / case).iterdir()
+        if len(path.name.removesuffix(".gz")) == 64
+    )
+    table = read_compression_table(View(data), entry)
+    assert list(table.header.differences(entry)) == []
+    assert table.uncompressed_size == entry.uncompressed_size
+    assert all(table.agrees(info) for info in image.chunk_infos)
+    assert bool(table.zran) == (case != "zran-plain-tar")
+    lines = list(dump_blob(View(data), entry))
+    assert rebuild(lines, data) == data
+    assert sum(" zran " in line for line in lines) == len(table.zran)
+
+
+@pytest.mark.parametrize("case", ["encrypt-batch", "encrypt-zstd"])
+def test_encrypted_blobs(case):
+    image = open_bootstrap(_load(_CASES / case / "boot"))
+    (entry,) = image.blobs
+    key, iv = entry.encryption()
+    assert (len(key), len(iv)) == (32, 16)
+    data = _load(_blobs()[entry.id])
+    table = read_compression_table(View(data), entry)
+    assert all(table.agrees(info) for info in image.chunk_infos)
+    assert list(check_blob(entry, View(data), image, data=True)) == []
+    assert rebuild(list(dump_blob(View(data), entry)), data) == data
+    wrong = entry._replace(blob_meta_digest=key[::-1])
+    assert any(finding.severity == "error" for finding in check_blob(wrong, View(data), image))

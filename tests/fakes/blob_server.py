@@ -74,14 +74,18 @@ class Handler(BaseHTTPRequestHandler):
         self._send_range(fake, blob_id, blob, fault)
 
     def _send_range(self, fake, blob_id, blob, fault):
-        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if fault == "ignore-range" or match is None:
             self.send_response(200)
             self.send_header("Content-Length", str(len(blob)))
             self.end_headers()
-            self._write(fake, blob_id, blob)
+            if fault == "truncate":
+                self._write(fake, blob_id, blob[: len(blob) // 2])
+                self.close_connection = True
+            else:
+                self._write(fake, blob_id, blob)
             return
-        first, last = int(match[1]), min(int(match[2]), len(blob) - 1)
+        first, last = int(match[1]), min(int(match[2] or len(blob)), len(blob) - 1)
         if first >= len(blob):
             self._status(416)
             return

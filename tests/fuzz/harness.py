@@ -29,4 +29,4 @@ def instrument():
     """Return the context in which the code under test is imported."""
     import atheris
 
-    return atheris.instrument_imports(include=["erofs", "builder"])
+    return atheris.instrument_imports(include=["erofs", "builder", "fscache"])

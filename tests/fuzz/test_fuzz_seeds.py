@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 
 _HERE = Path(__file__).resolve().parent
+_TARGETS = ["fuzz_bootstrap", "fuzz_blobmeta", "fuzz_nbd", "fuzz_tables", "fuzz_tar", "fuzz_v5"]
 
 
 @pytest.fixture
 def load(monkeypatch):
     monkeypatch.syspath_prepend(str(_HERE))
-    for name in ("harness", "fuzz_bootstrap", "fuzz_blobmeta", "fuzz_tar"):
+    for name in ("harness", *_TARGETS):
         sys.modules.pop(name, None)
     monkeypatch.setattr(importlib.import_module("harness"), "instrument", contextlib.nullcontext)
     return importlib.import_module
 
 
-@pytest.mark.parametrize("name", ["fuzz_bootstrap", "fuzz_blobmeta", "fuzz_tar"])
+@pytest.mark.parametrize("name", _TARGETS)
 def test_target_takes_its_seeds(load, name):
     module = load(name)
     seeds = list(module.seeds())

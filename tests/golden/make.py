@@ -10,7 +10,7 @@ HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
-from tiny import TinyImage, everything, symlink  # noqa: E402
+from tiny import TinyImage, TinyTarfs, everything, fill, symlink  # noqa: E402
 
 from erofs import dump_blob, dump_image, open_bootstrap  # noqa: E402
 from erofs.rafs import Compressor, Digester  # noqa: E402
@@ -26,6 +26,7 @@ def _without_data():
 IMAGES = {
     "nodata": _without_data,
     "plain": everything,
+    "tarfs": lambda: fill(TinyTarfs()),
     "toc": lambda: everything(compressor=Compressor.ZSTD, digester=Digester.BLAKE3, toc=True),
 }
 
@@ -37,7 +38,8 @@ def make(name):
     bootstrap = image.finish(prefetch)
     lines = list(dump_image(open_bootstrap(bootstrap)))
     files = {f"{name}.boot": bootstrap}
-    if image.entry is not None:
+    # What a tar holds is for tar to tell.
+    if image.entry is not None and not isinstance(image, TinyTarfs):
         files[f"{name}.blob"] = bytes(image.blob)
         lines += ["blob", *dump_blob(View(bytes(image.blob)), image.entry)]
     files[f"{name}.dump"] = "".join(f"{line}\n" for line in lines).encode()

@@ -3,14 +3,18 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from fakes.blob_image import BatchBlob
 from fixtures_path import FIXTURES
 from hypothesis import given
 from hypothesis import strategies as st
-from readers import entry_at, read_blob, read_bootstrap, read_image
+from readers import entry_at, read_blob, read_bootstrap, read_image, read_table
 from tiny import TinyImage
 
 from builder.bootstrap import load_tree
 from erofs import Node, check_blob, check_image, open_bootstrap, write_bootstrap
+from erofs.blobmeta import CompressionInfoV2, parse_entries_v2
+from erofs.citable import parse_cached
+from erofs.contexts import BatchContext, ZranContext, parse_batches, parse_zran
 from erofs.rafs import Compressor, Digester
 from erofs.view import View
 
@@ -41,7 +45,7 @@ _TARGETS = st.sampled_from([1, 2, 600, 3967, 3968, 3969, 4032, 4033, 4094, 4095]
 _SPECIALS = st.sampled_from([stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK])
 
 
-class _Growth:
+class Growth:
     """Grows a tree from drawn values; files are made by the image, to have chunks."""
 
     def __init__(self, draw, image):
@@ -105,13 +109,13 @@ def _images(draw):
         digester=draw(st.sampled_from(Digester)),
         toc=draw(st.booleans()),
     )
-    growth = _Growth(draw, image)
+    growth = Growth(draw, image)
     growth.attributes(image.root)
     growth.fill(image.root, 3)
     return image
 
 
-def _same(left, right, twins):
+def same_trees(left, right, twins):
     """Compare two trees with their attributes, chunks and hard links."""
     if id(left) in twins:
         assert twins[id(left)] is right
@@ -124,7 +128,7 @@ def _same(left, right, twins):
     if left.is_dir:
         assert sorted(left.entries) == list(right.entries)
         for name, child in left.entries.items():
-            _same(child, right.entries[name], twins)
+            same_trees(child, right.entries[name], twins)
 
 
 @given(_images())
@@ -132,7 +136,7 @@ def test_what_is_written_is_what_is_read(image):
     data = image.finish()
     assert write_bootstrap(image.spec) == data
     bootstrap = open_bootstrap(data)
-    _same(image.root, load_tree(bootstrap), {})
+    same_trees(image.root, load_tree(bootstrap), {})
     assert list(check_image(bootstrap)) == []
     if image.entry is not None:
         errors = [
@@ -151,6 +155,7 @@ def test_arbitrary_bytes(data):
     read_bootstrap(data)
     read_blob(data)
     read_blob(data, entry_at(data))
+    read_table(data)
 
 
 def _originals(*patterns):
@@ -162,7 +167,7 @@ _BLOBS = _originals((_GOLDEN, "*.blob"), (_PUBLISHED, "be7d*"), (_PUBLISHED, "*4
 
 
 @st.composite
-def _mutations(draw, data):
+def mutations(draw, data):
     """Change a few bytes, mostly where there is something; sometimes cut the end off."""
     data = bytearray(data)
     places = [position for position, byte in enumerate(data) if byte]
@@ -188,7 +193,7 @@ def _bounded(read, *arguments):
 @pytest.mark.parametrize("path", _BOOTSTRAPS, ids=lambda path: path.name[:16])
 @given(data=st.data())
 def test_mutated_bootstraps(path, data):
-    mutated = data.draw(_mutations(path.read_bytes()))
+    mutated = data.draw(mutations(path.read_bytes()))
     _bounded(read_bootstrap, mutated)
     read_image(mutated)
 
@@ -196,6 +201,84 @@ def test_mutated_bootstraps(path, data):
 @pytest.mark.parametrize("path", _BLOBS, ids=lambda path: path.name[:16])
 @given(data=st.data())
 def test_mutated_blobs(path, data):
-    mutated = data.draw(_mutations(path.read_bytes()))
+    mutated = data.draw(mutations(path.read_bytes()))
     _bounded(read_blob, mutated)
     _bounded(read_blob, mutated, entry_at(data.draw(st.binary(max_size=256))))
+
+
+@given(
+    st.lists(
+        st.builds(
+            CompressionInfoV2,
+            st.integers(0, 0xFFFFFFFF).map(lambda page: page * 4096),
+            st.integers(1, 1 << 24),
+            st.integers(0, (1 << 40) - 1),
+            st.integers(0, (1 << 24) - 1),
+            st.integers(0, 0xFF),
+            _U32,
+            _U32,
+        )
+    )
+)
+def test_entries_of_version_2_are_what_was_packed(entries):
+    packed = b"".join(entry.pack() for entry in entries)
+    assert parse_entries_v2(memoryview(packed)) == entries
+
+
+_SIZE = st.integers(1, 1 << 24)
+
+
+_RESERVED = st.binary(min_size=32, max_size=32)
+
+
+@given(st.lists(st.builds(BatchContext, _SIZE, _SIZE, _RESERVED).filter(lambda b: b[0] <= b[1])))
+def test_batches_are_what_was_packed(batches):
+    packed = b"".join(batch.pack() for batch in batches)
+    assert list(parse_batches(memoryview(packed), len(batches))) == batches
+
+
+@given(
+    st.lists(
+        st.builds(
+            ZranContext,
+            st.integers(0, 1 << 39),
+            st.integers(0, 1 << 63),
+            st.integers(0, 1000),
+            _U32.filter(bool),
+            _SIZE,
+            st.integers(0, 100),
+            st.integers(0, 255),
+            st.integers(0, 7),
+            st.integers(0, 0xFFFF),
+        )
+    )
+)
+def test_zran_contexts_are_what_was_packed(contexts):
+    packed = b"".join(context.pack() for context in contexts)
+    found, dictionaries = parse_zran(memoryview(packed + bytes(1100)), len(contexts))
+    assert list(found) == contexts
+    assert len(dictionaries) == 1100
+
+
+_BATCHED = BatchBlob([[100, 431, 762], 5000, [3], 4096, [10, 20]], toc=True)
+_TABLES = [_BATCHED.cached, BatchBlob([[1, 2]], compressor=Compressor.NONE).cached]
+
+
+@given(data=st.data())
+def test_mutated_blobs_of_batches(data):
+    mutated = data.draw(mutations(_BATCHED.stored))
+    _bounded(read_blob, mutated)
+    _bounded(read_blob, mutated, _BATCHED.entry)
+
+
+@pytest.mark.parametrize("content", _TABLES)
+@given(data=st.data())
+def test_mutated_tables(content, data):
+    assert parse_cached(content)
+    _bounded(read_table, data.draw(mutations(content)))
+    _bounded(read_table, data.draw(mutations(_table_input(content))))
+
+
+def _table_input(content):
+    """Return a cached table as `read_table` takes it: the header first."""
+    return content[-4096:-4036] + content[:-4096]

@@ -42,7 +42,7 @@ def test_flag_names_in_the_order_of_their_bits():
         "COMPRESSION_NONE | HAS_XATTR"
     )
     assert flag_names(BlobFeatures(0x40000001 | 1 << 20)) == "ALIGNED | CAP_TAR_TOC"
-    assert flag_names(BlobFeatures(0)) == ""
+    assert flag_names(BlobFeatures(0)) == "(empty)"
 
 
 def test_inode_lines(tmp_path):

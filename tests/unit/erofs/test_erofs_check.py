@@ -257,7 +257,7 @@ def test_wrong_data_is_found_by_digest():
         ({"chunk_count": 6}, "expected 6, got 5"),
         ({"ci_offset": 1 << 40}, "outside of the blob"),
         ({"ci_compressor": 1}, "compressor in the"),
-        ({"ci_uncompressed_size": 1 << 39}, "more chunks than bytes"),
+        ({"ci_uncompressed_size": 1 << 39}, "uncompressed size in the"),
         ({"blob_toc_size": 5}, "ToC size"),
         ({"features": 0x70000025}, "features in the"),
         ({"features": 0x40000040}, "plain tar"),

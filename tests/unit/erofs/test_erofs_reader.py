@@ -278,6 +278,7 @@ _MUTATIONS = [
     ("table grows", 4096 + 120, b"\xff\xff"),
     ("table size", 4096 + 128, b"\xff\xff"),
     ("cipher", 4096 + 216, b"\2"),
+    ("cipher without a key", 4096 + 216, b"\1"),
 ]
 
 

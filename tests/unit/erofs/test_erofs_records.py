@@ -1,8 +1,9 @@
 import pytest
 
-from erofs import blobmeta, layout, rafs
-from erofs.blobmeta import CompressionInfo, CompressionTableHeader, TocEntry
-from erofs.errors import BadMagic, OutOfBounds
+from erofs import blobmeta, framing, layout, rafs
+from erofs.blobmeta import CompressionInfo, CompressionInfoV2, CompressionTableHeader
+from erofs.errors import BadMagic, CorruptStructure, OutOfBounds
+from erofs.framing import TocEntry
 from erofs.view import View, align_down, align_up
 
 _SIZES = {
@@ -40,7 +41,7 @@ def test_record_that_is_cut_off(record):
 
 def test_toc_entry_round_trip():
     entry = TocEntry(2, b"blob.meta.header", _bytes_of(32), 1, 2, 3)
-    assert len(entry.pack()) == blobmeta.TOC_ENTRY_SIZE
+    assert len(entry.pack()) == framing.TOC_ENTRY_SIZE
     assert TocEntry.parse(View(entry.pack()), 0) == entry
 
 
@@ -90,7 +91,7 @@ def test_compression_info_of_the_reference():
     table = bytes.fromhex(
         "0000000000202204 0000000000b02d01 0050000000704503 dc12000000d0b900".replace(" ", "")
     )
-    entries = blobmeta.parse_compression_table(table, 2)
+    entries = blobmeta.parse_entries_v1(memoryview(table))
     assert entries == [
         CompressionInfo(0, 16931, 0, 4828),
         CompressionInfo(0x5000, 13400, 0x12DC, 2974),
@@ -107,11 +108,18 @@ def test_compression_info_of_the_reference():
     ],
 )
 def test_compression_info_extremes(entry):
-    first, second = entry.pack()[:8], entry.pack()[8:]
-    assert (
-        blobmeta._parse_ci_words(int.from_bytes(first, "little"), int.from_bytes(second, "little"))
-        == entry
-    )
+    assert blobmeta.parse_entries_v1(memoryview(entry.pack())) == [entry]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        CompressionInfoV2(0xFFFFFFFF000, 1 << 24, (1 << 40) - 1, (1 << 24) - 1, 0xFF, 1, 2),
+        CompressionInfoV2(0x1000, 1, 0, 0, 5, 0xFFFFFFFF, 0xFFFFFFFF),
+    ],
+)
+def test_compression_info_v2_extremes(entry):
+    assert blobmeta.parse_entries_v2(memoryview(entry.pack())) == [entry]
 
 
 def test_view_refuses_what_is_outside():
@@ -127,3 +135,20 @@ def test_view_refuses_what_is_outside():
 def test_alignment():
     assert [align_up(value, 4096) for value in (0, 1, 4096, 4097)] == [0, 4096, 4096, 8192]
     assert [align_down(value, 4096) for value in (0, 4095, 4096)] == [0, 0, 4096]
+
+
+def test_key_and_iv_of_a_blob():
+    fields = dict.fromkeys(rafs.BlobEntry._fields[:14], 0) | {"blob_id": b"id"}
+    key, iv = bytes(range(32)), bytes(range(100, 116))
+    entry = rafs.BlobEntry(
+        **fields,
+        cipher=rafs.Cipher.AES_128_XTS,
+        blob_meta_digest=key,
+        blob_meta_size=int.from_bytes(iv[:8], "little"),
+        cipher_iv=iv[8:],
+    )
+    assert entry.encryption() == (key, iv)
+    assert entry._replace(cipher=0).encryption() is None
+    with pytest.raises(CorruptStructure, match="halves") as caught:
+        entry._replace(blob_meta_digest=b"secret key bytes" * 2).encryption()
+    assert "secret" not in str(caught.value)

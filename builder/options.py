@@ -1,0 +1,211 @@
+"""What `build` is asked for and what it answers; which wishes exclude each other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from builder.attributes import Attributes
+from builder.chunker import ChunkerStats
+from builder.errors import BuildError
+from builder.prefetch import PrefetchPolicy
+from builder.source.options import SourceOptions
+from erofs.cipher import BlobCipher
+from erofs.rafs import (
+    DEFAULT_CHUNK_SIZE,
+    MAX_CHUNK_SIZE,
+    MIN_CHUNK_SIZE,
+    Compressor,
+    Digester,
+)
+
+__all__ = ["BuildOptions", "BuildResult", "SourceType", "check_options"]
+
+
+class SourceType(StrEnum):
+    """Kinds of input."""
+
+    DIRECTORY = "dir-rafs"
+    TAR = "tar-rafs"
+    TARFS = "tar-tarfs"
+    TARGZ_REF = "targz-ref"
+    ESTARGZ_REF = "estargz-ref"
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the content stays in the original layer."""
+        return self in (SourceType.TARGZ_REF, SourceType.ESTARGZ_REF)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """What to build and where to put it.
+
+    A tarfs image is metadata over a tar that stays as it is: there is no blob to write,
+    `compressor` and `digester` have no say, and `blob_id` is what the tar is called.
+
+    Args:
+        bootstrap: path of the metadata; None puts it into `blob_dir` under its SHA-256.
+        blob_dir: directory where the blob gets its id as name.
+        blob: path of the blob: a file, or a FIFO that takes it as it is made.
+        blob_cache_dir: directory for the files that a daemon's cache would have, instead of
+            a blob; nothing is compressed then.
+        inline_bootstrap: put the metadata into the blob; then `bootstrap` must be None.
+        blob_id: name to use in place of the SHA-256.
+        blob_offset: where the blob will begin in what holds it, in bytes.
+        toc: append digests and a table of contents to the blob.
+        batch_size: bytes of small chunks that are compressed together, 0 for none.
+        encryption: encrypts the blob; its key is in the bootstrap.
+        chunk_dict: bootstrap of an image whose chunks need not be stored again.
+        parent_bootstrap: the image to build on top of.
+        attributes: files of a directory whose content is elsewhere.
+        external_blob: path for the metadata of those files when metadata is inlined.
+        prefetch_patterns: absolute in-image paths, in order, used as the policy says.
+        progress: called with the number of content bytes after each chunk.
+        workers: threads for digests and compression; the bytes do not depend on it.
+    """
+
+    source_type: SourceType = SourceType.DIRECTORY
+    bootstrap: Path | None = None
+    blob_dir: Path | None = None
+    blob: Path | None = None
+    blob_cache_dir: Path | None = None
+    inline_bootstrap: bool = False
+    blob_id: str | None = None
+    blob_offset: int = 0
+    toc: bool = False
+    chunk_size: int = DEFAULT_CHUNK_SIZE
+    batch_size: int = 0
+    compressor: Compressor = Compressor.ZSTD
+    digester: Digester = Digester.BLAKE3
+    encryption: BlobCipher | None = None
+    chunk_dict: Path | None = None
+    parent_bootstrap: Path | None = None
+    attributes: Attributes | None = None
+    external_blob: Path | None = None
+    source: SourceOptions = field(default_factory=SourceOptions)
+    prefetch_policy: PrefetchPolicy = PrefetchPolicy.NONE
+    prefetch_patterns: Sequence[bytes] = ()
+    progress: Callable[[int], None] | None = None
+    workers: int | None = None
+
+
+@dataclass(slots=True)
+class BuildResult:
+    """What was built.
+
+    `blobs` are the ids of the blob table in order (for inlined metadata: the own one is the
+    id of the object that was written), `blob_size` the bytes of the last of them as the table
+    has it, for tarfs those of the tar. `compressor` is the one that the bootstrap names.
+    `scanned` counts what a directory had, deletion marks included.
+    """
+
+    bootstrap: Path | None = None
+    blobs: list[str] = field(default_factory=list)
+    blob_path: Path | None = None
+    blob_size: int = 0
+    external_bootstrap: Path | None = None
+    external_blobs: list[str] = field(default_factory=list)
+    compressor: Compressor = Compressor.NONE
+    names: int = 0
+    scanned: int = 0
+    stats: ChunkerStats = field(default_factory=ChunkerStats)
+    blob_content_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Add the time that the block takes to `seconds`."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[step] = self.seconds.get(step, 0.0) + time.monotonic() - start
+
+
+def _conflicts(kind: SourceType, words: dict[str, bool]) -> None:
+    for word, given in words.items():
+        if given:
+            raise BuildError(f"conversion type '{kind}' conflicts with '{word}'")
+
+
+def _check_tarfs(options: BuildOptions) -> None:
+    _conflicts(
+        SourceType.TARFS,
+        {
+            "--blob": options.blob is not None,
+            "--blob-cache-dir": options.blob_cache_dir is not None,
+            "--chunk-dict": options.chunk_dict is not None,
+            "--parent-bootstrap": options.parent_bootstrap is not None,
+            "--blob-inline-meta": options.inline_bootstrap,
+            "--features blob-toc": options.toc,
+            "--batch-size": bool(options.batch_size),
+            "--encrypt": options.encryption is not None,
+            "--prefetch-policy blob": options.prefetch_policy is PrefetchPolicy.BLOB,
+        },
+    )
+
+
+def _check_reference(options: BuildOptions) -> None:
+    _conflicts(
+        options.source_type,
+        {
+            "--blob-id": options.blob_id is not None,
+            "--batch-size": bool(options.batch_size),
+            "--encrypt": options.encryption is not None,
+            "--prefetch-policy blob": options.prefetch_policy is PrefetchPolicy.BLOB,
+            "--blob-cache-dir": (
+                options.blob_cache_dir is not None
+                and options.source_type is not SourceType.TARGZ_REF
+            ),
+        },
+    )
+
+
+def _check_sizes(options: BuildOptions) -> None:
+    size = options.chunk_size
+    if size & (size - 1) or not MIN_CHUNK_SIZE <= size <= MAX_CHUNK_SIZE:
+        raise BuildError("invalid chunk size", got=size)
+    batch = options.batch_size
+    if batch and (batch & (batch - 1) or not MIN_CHUNK_SIZE <= batch <= MAX_CHUNK_SIZE):
+        raise BuildError("invalid batch size", got=batch)
+    if batch > size:
+        raise BuildError("batch size exceeds the chunk size", expected=size, got=batch)
+    if options.blob_offset and (options.inline_bootstrap or options.toc):
+        raise BuildError("--blob-offset is for blobs without tar headers")
+
+
+def _check_places(options: BuildOptions) -> None:
+    for directory in (options.blob_dir, options.blob_cache_dir):
+        if directory is not None and not directory.is_dir():
+            raise BuildError("directory to store blobs does not exist", path=directory)
+    if options.blob_cache_dir is not None:
+        if options.blob is not None or options.blob_dir is not None or options.inline_bootstrap:
+            raise BuildError("cache files are made instead of a blob")
+    elif options.blob_dir is None and options.blob is None:
+        raise BuildError("neither a blob nor a directory for it was given")
+    if options.inline_bootstrap:
+        if options.bootstrap is not None or options.blob_id is not None:
+            raise BuildError("an inlined bootstrap has neither a path nor a blob id of its own")
+    elif options.bootstrap is None and options.blob_dir is None:
+        raise BuildError("neither a bootstrap nor a directory for it was given")
+
+
+def check_options(options: BuildOptions) -> None:
+    """Raise `BuildError` unless the options can be carried out together."""
+    if options.source_type is SourceType.TARFS:
+        _check_tarfs(options)
+    if options.source_type.is_reference:
+        _check_reference(options)
+    _check_sizes(options)
+    _check_places(options)
+    if options.attributes is not None and options.source_type is not SourceType.DIRECTORY:
+        _conflicts(options.source_type, {"--attributes": True})
+    if options.blob_id is not None and (
+        not 0 < len(options.blob_id) < 65 or not options.blob_id.isascii() or "/" in options.blob_id
+    ):
+        raise BuildError("blob id of 1 to 64 ASCII characters without '/'", got=options.blob_id)

@@ -1,0 +1,199 @@
+"""Build over an original layer: only tables are written, the chunks stay in it (spec 4.10).
+
+The layer is a tar, or a gzip file with one; it is read once, front to back.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol
+
+from builder.blob import BlobFormat, BlobWriter, CacheSink, Data, Place, Sink, Stored
+from builder.chunker import Chunker, ContentReader, Worked
+from builder.errors import BuildError
+from builder.source.measuring import MeasuredStream
+from builder.source.opening import drain, open_source, source_name
+from builder.source.options import SourceOptions
+from builder.source.tar import load_tar
+from builder.source.unpacking import is_gzip, is_zstd
+from builder.zran import ZranStream
+from erofs import Chunk, Node, codec, digest
+from erofs.blobmeta import MAX_COMPRESSED_SIZE_V2, CiFlags, CompressionInfoV2
+from erofs.rafs import MAX_COMPRESSED_SIZE, BlobEntry, BlobFeatures, ChunkFlags, Compressor
+
+__all__ = ["Layer", "ReferenceChunker", "ReferenceWriter", "load_layer"]
+
+_MAGIC_BYTES = 4
+_CI_ZRAN = int(CiFlags.COMPRESSED | CiFlags.ZRAN)
+_CI_HAS_CRC = int(CiFlags.HAS_CRC)
+
+
+class Layer(NamedTuple):
+    """The original layer: its SHA-256 in hex, and its length in bytes."""
+
+    blob_id: str
+    size: int
+
+
+class Places(Protocol):
+    """Tells where the bytes of chunks are in the layer."""
+
+    def begin_chunk(self) -> None:
+        """Note that the next bytes which are read belong to a chunk."""
+
+    def end_chunk(self) -> Place:
+        """Return where the bytes are that were read since then."""
+
+
+class _TarPlaces:
+    """Places in a tar that is not compressed."""
+
+    def __init__(self, stream: MeasuredStream) -> None:
+        self._stream = stream
+        self._start = 0
+
+    def begin_chunk(self) -> None:
+        self._start = self._stream.position
+
+    def end_chunk(self) -> Place:
+        return Place(self._start, self._stream.position - self._start)
+
+
+class ReferenceWriter(BlobWriter):
+    """Writes the tables of a blob whose chunks are in a layer.
+
+    What `set_layer` takes has to be known before `finish_data`.
+    """
+
+    def __init__(self, output: Sink, form: BlobFormat, cache: CacheSink | None = None) -> None:
+        super().__init__(output, form, cache)
+        self.features |= BlobFeatures.CHUNK_INFO_V2 | BlobFeatures.SEPARATE
+        self._layer = Layer("", 0)
+        self._dictionaries = b""
+
+    def set_layer(self, layer: Layer, zran: ZranStream | None) -> None:
+        """Take over what is known when the layer has been read.
+
+        Raises:
+            BuildError: it is larger than readers take.
+        """
+        if layer.size > MAX_COMPRESSED_SIZE:
+            raise BuildError("layer is too large", expected=MAX_COMPRESSED_SIZE, got=layer.size)
+        self._layer = layer
+        if zran is not None:
+            self.features |= BlobFeatures.ZRAN
+            self._contexts = list(zran.contexts)
+            self._dictionaries = bytes(zran.dictionaries)
+
+    def add_chunk(self, chunk: Chunk, data: Data, stored: Stored) -> None:
+        """Note a chunk and fill in its place; nothing is written.
+
+        Raises:
+            BuildError: the blob is full, or the chunk too large for the table.
+        """
+        place = stored.place
+        if place is None:
+            raise BuildError("chunk without a place in the layer")
+        if place.size > MAX_COMPRESSED_SIZE_V2:
+            raise BuildError(
+                "chunk that does not compress is too large for the table of such a blob",
+                chunk=self.chunk_count,
+                expected="a smaller --chunk-size",
+            )
+        self._place(chunk, data)
+        chunk.compressed_offset, chunk.compressed_size = place.offset, place.size
+        if place.context is None:
+            flags, extra = (_CI_HAS_CRC if chunk.crc32c else 0), (chunk.crc32c, 0)
+        else:
+            chunk.flags |= ChunkFlags.COMPRESSED
+            flags, extra = _CI_ZRAN, (place.data, place.context)
+        self._table += CompressionInfoV2(
+            chunk.uncompressed_offset, chunk.uncompressed_size, *place[:2], flags, *extra
+        ).pack()
+
+    def _pack_contexts(self) -> bytes:
+        return super()._pack_contexts() + self._dictionaries
+
+    def _encode_table(self, plain: bytes) -> tuple[Stored, Compressor]:
+        compressed = codec.compress(Compressor.ZSTD, plain)
+        if compressed is None:
+            return Stored(plain, False), Compressor.NONE
+        return Stored(compressed, True), Compressor.ZSTD
+
+    def finish_data(self) -> BlobEntry | None:
+        """Write compression table and digests; return the entry, which names the layer."""
+        entry = super().finish_data()
+        return None if entry is None else self._of_layer(entry)
+
+    def _of_layer(self, entry: BlobEntry) -> BlobEntry:
+        blob_id = self._layer.blob_id.encode("ascii")
+        return entry._replace(blob_id=blob_id, compressed_size=self._layer.size)
+
+    def seal(self, entry: BlobEntry, name: str | None) -> BlobEntry:
+        """Return the entry of tables whose bootstrap is elsewhere, so that it finds them."""
+        digest = bytes.fromhex(self.blob_id())
+        return self._of_layer(entry)._replace(blob_meta_digest=digest, blob_meta_size=self.position)
+
+    def file_name(self, entry: BlobEntry) -> str:
+        """Return the name of the file with the tables; a cache has them by the layer's."""
+        return entry.id if self._cache is not None else self.blob_id()
+
+    @property
+    def inlined(self) -> tuple[str, int]:
+        """Id and size of the layer, also when bootstrap and tables are in one file."""
+        return self._layer
+
+
+class ReferenceChunker(Chunker):
+    """Cuts files of a layer into chunks that stay where they are; `places` has to be set."""
+
+    places: Places
+
+    def add_file(self, node: Node, content: ContentReader) -> None:
+        """Cut `node.size` bytes of `content`, and note their places; raise `BuildError`."""
+        rest, chunk_size = node.size, self._form.chunk_size
+        while rest:
+            size = min(rest, chunk_size)
+            data = bytearray(size)
+            self.places.begin_chunk()
+            content.readinto(memoryview(data))
+            self._submit(node, data, partial(self._refer, data, self.places.end_chunk()))
+            rest -= size
+
+    def _refer(self, data: bytearray, place: Place) -> Worked:
+        view = memoryview(data)
+        name = digest.digest(self._form.digester, view)
+        return Worked(data, name, digest.crc32c(view), Stored(b"", False, place))
+
+
+def load_layer(
+    source: Path | BinaryIO,
+    writer: ReferenceWriter,
+    chunker: ReferenceChunker,
+    chunk_size: int,
+    options: SourceOptions,
+) -> Node:
+    """Read a layer to its very end; return its tree.
+
+    Raises:
+        BuildError: it is broken, or of a kind that cannot be referred to.
+    """
+    name = source_name(source)
+    with open_source(source) as raw:
+        head = raw.peek(_MAGIC_BYTES)[:_MAGIC_BYTES]
+        if is_zstd(head):
+            raise BuildError("zstd cannot be read from the middle: convert it with targz-rafs")
+        measured = MeasuredStream(raw)
+        zran = None
+        if is_gzip(head):
+            with ZranStream(measured, chunk_size) as zran:
+                chunker.places = zran
+                root = load_tar(zran, name, chunker, options, in_place=True)
+                drain(zran)
+        else:
+            chunker.places = _TarPlaces(measured)
+            root = load_tar(measured, name, chunker, options, in_place=True)
+        measured.drain()
+        writer.set_layer(Layer(measured.hexdigest(), measured.position), zran)
+    return root

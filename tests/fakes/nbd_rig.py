@@ -1,0 +1,40 @@
+"""A served disk of an image, without a kernel."""
+
+import os
+import threading
+
+from fscache.backend import LocalFsConfig, open_backend
+from fscache.backend.retry import RetryPolicy
+from fscache.demand import Demand
+from fscache.fetcher import Fetcher, FetcherOptions
+from fscache.metrics import CacheMetrics
+from fscache.nbd.disk import image_disk, read_disk_plan
+from fscache.plan import read_plan
+from fscache.sharing import Domain
+
+FAST = FetcherOptions(workers=4, negative_ttl=0.0, sync_interval=60.0)
+RETRY = RetryPolicy(attempts=2, first_delay=0.001)
+
+
+class DiskRig:
+    """The disk of a bootstrap whose blobs lie beside it; `readers` may be put in between."""
+
+    def __init__(self, bootstrap, work_dir, reader=lambda real: real):
+        work_dir.mkdir(exist_ok=True)
+        self.fetcher = Fetcher(FAST)
+        self.domain = Domain(work_dir, self.fetcher)
+        self.backend = open_backend(LocalFsConfig(dir=bootstrap.parent))
+        self.metrics = CacheMetrics(work_dir)
+        self.fd = os.open(bootstrap, os.O_RDONLY)
+        self.stop = threading.Event()
+        self.blobs = [
+            self.domain.acquire(plan, reader(self.backend.open(plan.entry.id)), self.metrics, RETRY)
+            for plan in read_plan(bootstrap).blobs
+        ]
+        plan = read_disk_plan(bootstrap)
+        self.disk = image_disk(plan, self.fd, self.blobs, Demand(self.fetcher), self.stop)
+
+    def close(self):
+        self.stop.set()
+        self.fetcher.close(5)
+        os.close(self.fd)

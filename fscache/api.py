@@ -13,10 +13,12 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 from erofs.errors import NydusError
+from fscache.apimessage import Answer, Request
 from fscache.node import NodeDaemon
-from fscache.routes import Answer, Request, answer
+from fscache.routes import answer
+from fscache.singleton import SingletonDaemon
 
-__all__ = ["ApiError", "ApiServer"]
+__all__ = ["ApiError", "ApiServer", "is_stale"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +65,12 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         body = b""
         if answer.body is not None:
-            body = json.dumps(answer.body, separators=(",", ":")).encode()
-            lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+            body = (
+                answer.body
+                if isinstance(answer.body, bytes)
+                else json.dumps(answer.body, separators=(",", ":")).encode()
+            )
+            lines += [f"Content-Type: {answer.content_type}", f"Content-Length: {len(body)}"]
         self.wfile.write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
 
     def address_string(self) -> str:
@@ -78,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
-    daemon: NodeDaemon
+    daemon: NodeDaemon | SingletonDaemon
 
 
 def _is_served(path: Path) -> bool:
@@ -90,6 +96,11 @@ def _is_served(path: Path) -> bool:
         return True
 
 
+def is_stale(path: Path) -> bool:
+    """Whether a socket file is there that nobody serves."""
+    return path.is_socket() and not _is_served(path)
+
+
 class ApiServer:
     """Serves the API of one daemon until it is closed; the socket file goes with it.
 
@@ -97,7 +108,7 @@ class ApiServer:
         ApiError: the socket cannot be made, or another process serves it.
     """
 
-    def __init__(self, path: Path, daemon: NodeDaemon) -> None:
+    def __init__(self, path: Path, daemon: NodeDaemon | SingletonDaemon) -> None:
         self._path = path
         try:
             if path.is_socket():

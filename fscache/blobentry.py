@@ -5,7 +5,8 @@ Pure functions from text to a frozen value, as `fscache.config`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fscache.backend.config import backend_config
@@ -19,9 +20,13 @@ from fscache.decode import (
 )
 from fscache.settings import DaemonConfig
 
-__all__ = ["BlobEntry", "parse_blob_entry"]
+__all__ = ["BlobEntry", "EntryError", "parse_blob_entry", "parse_blob_list"]
 
 _CACHE_TYPES = ("fscache", "filecache")
+
+
+class EntryError(ConfigError):
+    """An entry whose type or name is understood, and refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,28 +38,26 @@ class BlobEntry:
         domain_id: scope in which blobs are shared, without a slash; may be empty.
         config: backend and cache.
         metadata_path: the bootstrap, None when the entry names none.
+        text: what all this was decoded from, for a successor of a killed daemon.
     """
 
     id: str
     domain_id: str
     config: DaemonConfig
     metadata_path: Path | None
+    text: str = field(default="", repr=False, compare=False)
 
 
 def parse_blob_entry(value: object) -> BlobEntry:
     """Decode an entry, as text (JSON or TOML) or as an object that was decoded already.
 
     Raises:
+        EntryError: the type is not `bootstrap`, or a name has a slash.
         ConfigError: names the path of the key and what is wrong with it.
     """
     top = ConfigTable(decode_text(value) if isinstance(value, str) else value, "")
     kind = top.require("type")
-    if kind != "bootstrap":
-        raise top.error("type", f"expected bootstrap, got '{kind}'")
     names = {key: top.get(key, str, "") for key in ("id", "domain_id")}
-    for key, name in names.items():
-        if "/" in name:
-            raise top.error(key, "contains a slash")
     if "config_v2" in top:
         config, metadata = _long_form(top.table("config_v2"))
     elif "config" in top:
@@ -64,7 +67,21 @@ def parse_blob_entry(value: object) -> BlobEntry:
     if config.cache.type not in _CACHE_TYPES:
         raise ConfigError(f"cache type: expected fscache or filecache, got '{config.cache.type}'")
     top.finish()
-    return BlobEntry(names["id"], names["domain_id"], config, metadata)
+    if kind != "bootstrap":
+        raise EntryError(f"type: expected bootstrap, got '{kind}'")
+    for key, name in names.items():
+        if "/" in name:
+            raise EntryError(f"{key}: contains a slash")
+    text = value if isinstance(value, str) else json.dumps(value)
+    return BlobEntry(names["id"], names["domain_id"], config, metadata, text)
+
+
+def parse_blob_list(text: str) -> tuple[BlobEntry, ...]:
+    """Decode the configuration of a singleton daemon, `{"blobs": […]}`; raise `ConfigError`."""
+    items = decode_text(text).get("blobs", [])
+    if not isinstance(items, list):
+        raise ConfigError("blobs: expected a list")
+    return tuple(parse_blob_entry(item) for item in items)
 
 
 def _metadata(table: ConfigTable) -> Path | None:

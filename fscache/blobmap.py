@@ -2,7 +2,8 @@
 
 Pure: nothing is read or written here. The *index* of a chunk is its place in the blob's
 compression table, which is what the chunk map on disk counts; uncompressed offsets ascend
-with it (spec rafs-v6 4.3).
+with it (spec rafs-v6 4.3). Where chunks are stored says the bootstrap, or for blobs of
+batches the blob's own table (`fscache.places`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 
 from erofs.errors import CorruptStructure, OutOfBounds, UnsupportedFeature, error_context
 from erofs.layout import BLOCK_SIZE
@@ -29,19 +31,20 @@ from erofs.rafs import (
     Digester,
 )
 from erofs.view import align_up
+from fscache.places import NO_BATCH, Places
 
 __all__ = ["BlobMap"]
 
 DIGEST_BYTES = 32
 
 _UNSUPPORTED_FEATURES = (
-    BlobFeatures.BATCH,
     BlobFeatures.ZRAN,
     BlobFeatures.ENCRYPTED,
-    BlobFeatures.CHUNK_INFO_V2,
     BlobFeatures.TARFS,
     BlobFeatures.EXTERNAL,
     BlobFeatures.SEPARATE,
+    # Its indexes and sizes mean nothing: `fscache.dictionary` has to put others in their place.
+    BlobFeatures.IS_CHUNKDICT_GENERATED,
 )
 _SUPPORTED_CHUNK_FLAGS = ChunkFlags.COMPRESSED | ChunkFlags.HAS_CRC
 
@@ -69,6 +72,11 @@ def _check_entry(entry: BlobEntry) -> None:
         raise OutOfBounds("bad uncompressed size", got=entry.uncompressed_size)
 
 
+def _is_placed(entry: BlobEntry, chunk: ChunkInfo) -> bool:
+    """Tell whether the bootstrap knows where a chunk is stored: not that of a batch (spec 2.5)."""
+    return not entry.features & BlobFeatures.BATCH or chunk.compressed_size > 0
+
+
 def _check_chunk(entry: BlobEntry, chunk: ChunkInfo) -> None:
     """Raise `FormatError` unless the chunk is sound by itself and lies inside of its blob."""
     if chunk.blob_index != entry.blob_index:
@@ -89,11 +97,13 @@ def _check_chunk(entry: BlobEntry, chunk: ChunkInfo) -> None:
         raise CorruptStructure("uncompressed offset not aligned", got=chunk.uncompressed_offset)
     if chunk.uncompressed_offset + chunk.uncompressed_size > entry.uncompressed_size:
         raise OutOfBounds("ends outside of the blob's uncompressed space")
-    # The entry of a generated chunk dictionary does not know the size of its blob (spec 4.12).
-    generated = entry.features & BlobFeatures.IS_CHUNKDICT_GENERATED
-    stored_size = MAX_COMPRESSED_SIZE if generated else entry.compressed_size
-    if chunk.compressed_offset + chunk.compressed_size > stored_size:
+    if chunk.compressed_offset + chunk.compressed_size > entry.compressed_size:
         raise OutOfBounds("ends outside of the stored blob")
+    if _is_placed(entry, chunk):
+        _check_stored(entry, chunk)
+
+
+def _check_stored(entry: BlobEntry, chunk: ChunkInfo) -> None:
     if not chunk.is_compressed:
         if chunk.compressed_size != chunk.uncompressed_size:
             raise CorruptStructure(
@@ -116,16 +126,23 @@ class BlobMap:
     knows those of a further image; indexes mean the same in both. `uncompressed_size` is that
     of the data file, in whole pages.
 
+    `compressed_offsets` and `compressed_sizes` say what has to be read for a chunk; for a part
+    of a batch that is the batch. While `is_located` is False they are only as good as the
+    uncompressed ones: enough to plan with, `with_places` makes a map to read with.
+
     Args:
         entry: the blob's entry in the blob table.
         chunks: all entries of the chunk info table that belong to it, in any order.
+        places: what the blob's own table says, for blobs of batches.
 
     Raises:
-        FormatError: naming blob and chunk; `UnsupportedFeature` for batch, zran, tarfs,
-            external, separate, encrypted blobs and those with version 2 chunk tables.
+        FormatError: naming blob and chunk; `UnsupportedFeature` for zran, tarfs, external,
+            separate and encrypted blobs.
     """
 
-    def __init__(self, entry: BlobEntry, chunks: Iterable[ChunkInfo]) -> None:
+    def __init__(
+        self, entry: BlobEntry, chunks: Iterable[ChunkInfo], places: Places | None = None
+    ) -> None:
         self.entry = entry
         self.blob_id = entry.id
         with error_context(blob=entry.id):
@@ -136,9 +153,12 @@ class BlobMap:
                     _check_chunk(entry, row)
                     if row.chunk_index in rows:
                         raise CorruptStructure("two chunks with one index")
+                    if places is not None:
+                        places.check(row, entry.compressed_size)
                 rows[row.chunk_index] = row
+        self.places = places
+        self.is_located = places is not None or not entry.features & BlobFeatures.BATCH
         self.chunk_count = entry.chunk_count
-        # Generated chunk dictionaries have sizes that are not aligned; pages are whole.
         self.uncompressed_size = align_up(entry.uncompressed_size, BLOCK_SIZE)
         self.compressor = Compressor(entry.compressor)
         self.digester = Digester(entry.digester)
@@ -148,13 +168,15 @@ class BlobMap:
         self._continues = bytearray(self.chunk_count)
         self.uncompressed_offsets = array("Q", bytes(8 * self.chunk_count))
         self.uncompressed_sizes = array("I", bytes(4 * self.chunk_count))
-        self.compressed_offsets = array("Q", bytes(8 * self.chunk_count))
-        self.compressed_sizes = array("I", bytes(4 * self.chunk_count))
+        # What the bootstrap says, and what is to be read.
+        self._row_offsets = self.compressed_offsets = array("Q", bytes(8 * self.chunk_count))
+        self._row_sizes = self.compressed_sizes = array("I", bytes(4 * self.chunk_count))
         self._digests = bytearray(DIGEST_BYTES * self.chunk_count)
         self._gaps_before = array("I", bytes(4 * self.chunk_count))
         self._file_offsets = array("Q", bytes(8 * self.chunk_count))
         with error_context(blob=entry.id):
             self._fill(rows)
+        self._place()
 
     def _fill(self, rows: dict[int, ChunkInfo]) -> None:
         end = gaps = 0
@@ -183,19 +205,29 @@ class BlobMap:
         self.compressed[index] = row.is_compressed
         self.uncompressed_offsets[index] = row.uncompressed_offset
         self.uncompressed_sizes[index] = row.uncompressed_size
-        self.compressed_offsets[index] = row.compressed_offset
-        self.compressed_sizes[index] = row.compressed_size
+        self._row_offsets[index] = row.compressed_offset
+        self._row_sizes[index] = row.compressed_size
         self._file_offsets[index] = row.file_offset
         self._digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES] = row.digest
+
+    def _place(self) -> None:
+        """Set what has to be read for each chunk."""
+        if self.places is not None:
+            self.compressed_offsets, self.compressed_sizes = self.places.offsets, self.places.sizes
+        elif not self.is_located:
+            self.compressed_offsets = self.uncompressed_offsets
+            self.compressed_sizes = array("I", self.uncompressed_sizes)
+            for index, size in enumerate(self.uncompressed_sizes):
+                self.compressed_sizes[index] = align_up(size, BLOCK_SIZE)
 
     def _row(self, index: int) -> ChunkInfo:
         return ChunkInfo(
             digest=self.digest(index),
             blob_index=self.entry.blob_index,
             flags=ChunkFlags.COMPRESSED if self.compressed[index] else 0,
-            compressed_size=self.compressed_sizes[index],
+            compressed_size=self._row_sizes[index],
             uncompressed_size=self.uncompressed_sizes[index],
-            compressed_offset=self.compressed_offsets[index],
+            compressed_offset=self._row_offsets[index],
             uncompressed_offset=self.uncompressed_offsets[index],
             file_offset=self._file_offsets[index],
             chunk_index=index,
@@ -227,7 +259,22 @@ class BlobMap:
                     raise CorruptStructure("images differ about a chunk", chunk=index)
         if not fresh:
             return self
-        return BlobMap(self.entry, [*map(self._row, self.positions()), *fresh])
+        return BlobMap(self.entry, [*map(self._row, self.positions()), *fresh], self.places)
+
+    def with_places(self, places: Places | None) -> BlobMap:
+        """Return a map that knows, or with None no longer knows, where its chunks are stored.
+
+        Raises:
+            FormatError: the blob's own table says other things than the bootstrap.
+        """
+        if places is not None and len(places) != self.chunk_count:
+            raise CorruptStructure(
+                "number of chunks in blob and bootstrap",
+                blob=self.blob_id,
+                expected=self.chunk_count,
+                got=len(places),
+            )
+        return BlobMap(self.entry, map(self._row, self.positions()), places)
 
     def _agrees(self, other: BlobMap, index: int) -> bool:
         """Tell whether two maps say the same of a chunk; its place in files may differ."""
@@ -294,26 +341,59 @@ class BlobMap:
             )
         return range(first, stop)
 
-    def groups(self, positions: Sequence[int], max_bytes: int) -> Iterator[range]:
-        """Join ascending indexes into runs that one range of the stored blob covers.
+    def runs(self, positions: Sequence[int], max_bytes: int) -> Iterator[Sequence[int]]:
+        """Cut ascending indexes into runs that one range of the stored blob covers.
 
-        A run has neighbouring indexes, touching compressed ranges, and at most `max_bytes`
-        compressed bytes; a larger chunk is a run of its own.
+        A run has neighbouring indexes with touching ranges, and at most `max_bytes` stored
+        bytes; a larger chunk is a run of its own. Chunks of a batch stay together.
         """
-        if not positions:
-            return
-        first = last = positions[0]
-        for position in positions[1:]:
-            if (
+        first = 0
+        for number in range(1, len(positions)):
+            last, position = positions[number - 1], positions[number]
+            together = self.batch(last) != NO_BATCH and self.batch(last) == self.batch(position)
+            if not together and not (
                 position == last + 1
                 and self.compressed_end(last) == self.compressed_offsets[position]
-                and self.compressed_end(position) - self.compressed_offsets[first] <= max_bytes
+                and self.compressed_end(position) - self.compressed_offsets[positions[first]]
+                <= max_bytes
             ):
-                last = position
-                continue
-            yield range(first, last + 1)
-            first = last = position
-        yield range(first, last + 1)
+                yield positions[first:number]
+                first = number
+        if positions:
+            yield positions[first:]
+
+    def groups(self, positions: Sequence[int], max_bytes: int) -> Iterator[range]:
+        """Yield the runs as ranges, which may hold other indexes of a batch in between."""
+        for run in self.runs(positions, max_bytes):
+            yield range(run[0], run[-1] + 1)
+
+    def batch(self, index: int) -> int:
+        """Return the number of the batch that a chunk is a part of, or `NO_BATCH`."""
+        return NO_BATCH if self.places is None else self.places.batch_numbers[index]
+
+    def rest_of_batch(self, index: int, following: Iterable[int]) -> list[int]:
+        """Return those indexes at the beginning of `following` that share a batch with one."""
+        number = self.batch(index)
+        if number == NO_BATCH:
+            return []
+        return list(takewhile(lambda other: self.batch(other) == number, following))
+
+    def whole_batches(self, positions: range) -> range:
+        """Return the range made wider to the ends of the batches that it begins and ends in."""
+        if self.places is None or not positions:
+            return positions
+        numbers = self.places.batch_numbers
+        start, stop = positions.start, positions.stop
+        while start > 0 and numbers[start - 1] == numbers[start] != NO_BATCH:
+            start -= 1
+        while stop < self.chunk_count and numbers[stop] == numbers[stop - 1] != NO_BATCH:
+            stop += 1
+        return range(start, stop)
+
+    def stored_range(self, positions: Sequence[int]) -> tuple[int, int]:
+        """Return offset and length in the stored blob of a run."""
+        start = self.compressed_offsets[positions[0]]
+        return start, self.compressed_end(positions[-1]) - start
 
     def compressed_end(self, index: int) -> int:
         """Return the offset in the stored blob behind the chunk."""

@@ -9,8 +9,10 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from erofs.citable import CompressionTable
 from erofs.codec import decompress
 from erofs.digest import digest
 from erofs.errors import CodecError, IntegrityError, error_context
@@ -21,9 +23,12 @@ from fscache.blobmap import BlobMap
 from fscache.cachefile import CacheError, CacheFile
 from fscache.chunkmap import ChunkMap
 from fscache.metrics import CacheMetrics
+from fscache.places import NO_BATCH, Places
 from fscache.streams import Streams
+from fscache.tablefile import TableFile
+from fscache.trace import Trace
 
-__all__ = ["CachedBlob"]
+__all__ = ["CachedBlob", "Unpacker"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +37,48 @@ AHEAD_CHUNKS = 4
 AHEAD_BYTES = 4 << 20
 
 
+class Unpacker:
+    """Decompresses the stored chunks of one run; a batch once for all its chunks.
+
+    Args:
+        table: is located.
+    """
+
+    def __init__(self, table: BlobMap) -> None:
+        self.table = table
+        self._batch = NO_BATCH
+        self._buffer = memoryview(b"")
+
+    def unpack(self, position: int, stored: memoryview) -> bytes | memoryview:
+        """Return a chunk, not yet verified; raise `CodecError`."""
+        table = self.table
+        size = table.uncompressed_sizes[position]
+        number = table.batch(position)
+        if number == NO_BATCH or table.places is None:
+            if table.compressed[position]:
+                return decompress(table.compressor, stored, size)
+            return stored
+        if number != self._batch:
+            batch = table.places.batches[number]
+            self._buffer = memoryview(batch.decompress(table.compressor, stored))
+            self._batch = number
+        start = table.places.batch_offsets[position]
+        return self._buffer[start : start + size]
+
+
+def _check_digest(table: BlobMap, position: int, data: bytes | memoryview) -> None:
+    expected = table.digest(position)
+    got = digest(table.digester, data)
+    if got != expected:
+        raise IntegrityError("chunk has the wrong digest", expected=expected.hex(), got=got.hex())
+
+
 class CachedBlob:
     """Reader, map, data file and chunk map of one blob; made by `open`, used by one `Fetcher`.
 
     `map` and `chunks` are the tables, `cache` is the data file, which this object owns, `retry`
-    says how reads of the backend are repeated.
+    says how reads of the backend are repeated, `traces` are told of every read, `listeners` of
+    every chunk that has become ready, by its position; they must be short.
     """
 
     def __init__(
@@ -47,6 +89,7 @@ class CachedBlob:
         chunks: ChunkMap,
         metrics: CacheMetrics,
         on_complete: Callable[[], None] | None,
+        table_file: TableFile,
     ) -> None:
         self.blob_id = reader.blob_id
         self.map = blob_map
@@ -54,9 +97,16 @@ class CachedBlob:
         self.chunks = chunks
         self.metrics = metrics
         self.retry = RetryPolicy()
+        # Of the images whose reads are recorded.
+        self.traces: tuple[Trace, ...] = ()
+        self.listeners: tuple[Callable[[int], None], ...] = ()
         self.streams = Streams(max(AHEAD_CHUNKS, AHEAD_BYTES // blob_map.entry.chunk_size))
         self._readers: tuple[BlobReader, ...] = (reader,)
         self._on_complete = on_complete
+        self._table_file = table_file
+        # Held while the blob is asked for its table, and while the map is changed.
+        self._locate_lock = threading.Lock()
+        self._map_lock = threading.Lock()
         self._lock = threading.Lock()
         self._users = 0
         self._closed = False
@@ -87,6 +137,7 @@ class CachedBlob:
         Raises `FormatError`, `CacheError`, and `BackendError` for a refused id.
         """
         blob_map = BlobMap(entry, chunks)
+        table_file = TableFile(directory, reader.blob_id, entry)
         cache = CacheFile.open(directory, reader.blob_id, blob_map.uncompressed_size)
         try:
             chunk_map = ChunkMap(cache.map_path, blob_map.known)
@@ -94,21 +145,22 @@ class CachedBlob:
         except BaseException:
             cache.close()
             raise
-        return cls(reader, blob_map, cache, chunk_map, metrics, on_complete)
+        return cls(reader, blob_map, cache, chunk_map, metrics, on_complete, table_file)
 
     def learn(self, entry: BlobEntry, chunks: Iterable[ChunkInfo]) -> bool:
         """Take over the chunks of another image on the same blob; return whether some are new.
 
         Raises `FormatError` when the images contradict each other, and `CacheError`.
         """
-        wider = self.map.with_chunks(entry, chunks)
-        if wider is self.map:
-            return False
-        with self.in_use(), self._lock:
-            # In this order: whoever has the new map finds its chunks missing, not ready.
-            self.chunks.know(wider.known)
-            self.map = wider
-            self._completed = False
+        with self._map_lock:
+            wider = self.map.with_chunks(entry, chunks)
+            if wider is self.map:
+                return False
+            with self.in_use(), self._lock:
+                # In this order: whoever has the new map finds its chunks missing, not ready.
+                self.chunks.know(wider.known)
+                self.map = wider
+                self._completed = False
         before = self.chunks.ready_count
         self.chunks.load(wider.covered_by(self.cache.data_ranges()))
         self.metrics.add_chunks(self.cache.path.name, self.chunks.ready_count - before)
@@ -155,13 +207,56 @@ class CachedBlob:
         """Read from these from now on: each image that holds the blob brings its own."""
         self._readers = tuple(readers)
 
-    def read(self, positions: range) -> bytes:
-        """Return the stored bytes of a run of `BlobMap.groups`, one attempt with each reader.
+    def locate(self, stop: threading.Event) -> BlobMap:
+        """Return a map that knows where the chunks are stored; ask the blob itself if need be.
+
+        One thread asks, others wait for it. What is in the cache is used when it goes with the
+        bootstrap. Raises `NydusError`.
+        """
+        if self.map.is_located:
+            return self.map
+        with self._locate_lock:
+            if self.map.is_located:
+                return self.map
+            return self._table_file.use(self._place, partial(self._ask_again, stop))
+
+    def load_table(self, stop: threading.Event) -> CompressionTable:
+        """Return the blob's own table, which knows all of its chunks; raise `NydusError`."""
+        with self._locate_lock:
+            return self._table_file.use(lambda table: table, partial(self._ask_again, stop))
+
+    def read_stored(self, start: int, length: int, stop: threading.Event) -> bytes:
+        """Return a range of the stored blob, with repetitions; raise `BackendError`."""
+        return self._ask_again(stop, start, length)
+
+    def _ask_again(self, stop: threading.Event, start: int, length: int) -> bytes:
+        return self.retry.run(lambda: self._ask(start, length), stop)
+
+    def _place(self, table: CompressionTable) -> BlobMap:
+        places = Places(table)
+        with self._map_lock:
+            self.map = self.map.with_places(places)
+            return self.map
+
+    def _distrust(self, table: BlobMap) -> None:
+        """Forget the blob's own table, which gave a wrong chunk: the next read asks again."""
+        with self._map_lock:
+            if self.map.places is table.places:
+                self.map = self.map.with_places(None)
+                self._table_file.discard()
+
+    def stored_range(self, positions: range) -> tuple[int, int]:
+        """Return offset and length in the stored blob of a run of `BlobMap.groups`."""
+        return self.map.stored_range(positions)
+
+    def read(self, table: BlobMap, positions: Sequence[int]) -> bytes:
+        """Return the stored bytes of a run of `table.groups`, one attempt with each reader.
 
         Raises `BackendError`, that of the last reader.
         """
-        start = self.map.compressed_offsets[positions[0]]
-        length = self.map.compressed_end(positions[-1]) - start
+        return self._ask(*table.stored_range(positions))
+
+    def _ask(self, start: int, length: int) -> bytes:
         *others, last = self._readers
         for reader in others:
             try:
@@ -182,28 +277,38 @@ class CachedBlob:
             )
         return data
 
-    def store(self, position: int, stored: memoryview) -> None:
+    def store(self, position: int, stored: memoryview, unpacker: Unpacker) -> None:
         """Decompress a chunk, verify its digest, and write it; nothing bad is ever written.
+
+        Args:
+            position: of the chunk.
+            stored: what has to be read for it.
+            unpacker: of the run.
 
         Raises `CodecError`, `IntegrityError`, `CacheError`.
         """
-        table = self.map
+        table = unpacker.table
         with error_context(blob=self.blob_id, chunk=position):
-            data: bytes | memoryview = stored
-            if table.compressed[position]:
-                try:
-                    data = decompress(table.compressor, stored, table.uncompressed_sizes[position])
-                except CodecError:
-                    self.metrics.digest_failure()
-                    raise
-            expected = table.digest(position)
-            got = digest(table.digester, data)
-            if got != expected:
+            try:
+                data = unpacker.unpack(position, stored)
+                _check_digest(table, position, data)
+            except (CodecError, IntegrityError):
                 self.metrics.digest_failure()
-                raise IntegrityError(
-                    "chunk has the wrong digest", expected=expected.hex(), got=got.hex()
-                )
+                if table.batch(position) != NO_BATCH:
+                    self._distrust(table)
+                raise
             self.cache.write(table.uncompressed_offsets[position], data)
+
+    def read_ready(self, offset: int, length: int) -> bytes:
+        """Return bytes of chunks that are ready, from the data file; raise `CacheError`."""
+        with self.in_use():
+            return self.cache.read(offset, length)
+
+    def copy_ready(self, offset: int, view: memoryview) -> None:
+        """Fill a buffer from chunks that are ready; raise `CacheError`."""
+        with self.in_use():
+            self.cache.check()
+            self.cache.read_into(offset, view)
 
     def sync(self) -> None:
         """Make ready chunks durable, and tell `on_complete` when those are all; once.

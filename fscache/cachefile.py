@@ -11,6 +11,8 @@ import logging
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from erofs.errors import NydusError
@@ -18,9 +20,10 @@ from erofs.layout import BLOCK_SIZE
 from erofs.view import align_up
 from fscache.backend.base import check_blob_id
 
-__all__ = ["CacheError", "CacheFile", "publish"]
+__all__ = ["DATA_SUFFIX", "CacheError", "CacheFile", "publish", "read_whole", "replace"]
 
 logger = logging.getLogger(__name__)
+DATA_SUFFIX = ".blob.data"
 _ZEROS = bytes(BLOCK_SIZE)
 
 
@@ -37,13 +40,11 @@ class CacheError(NydusError):
         return cls(f"{what} ({error.strerror or error})", error.errno or errno.EIO, **where)
 
 
-def publish(path: Path, content: bytes, size: int) -> None:
-    """Make a file appear whole: `content`, then a hole up to `size` bytes, synced.
-
-    A file of that name stays as it is, because another process may have it open.
-    Raises `OSError`.
-    """
-    fd, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+@contextmanager
+def _temporary(directory: Path, content: bytes, size: int) -> Iterator[Path]:
+    """Make a synced file of `content` and a hole up to `size` bytes, for the block."""
+    fd, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=directory)
+    temporary = Path(name)
     try:
         try:
             os.ftruncate(fd, size)
@@ -53,12 +54,48 @@ def publish(path: Path, content: bytes, size: int) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish(path: Path, content: bytes, size: int) -> None:
+    """Make a file appear whole: `content`, then a hole up to `size` bytes, synced.
+
+    A file of that name stays as it is, because another process may have it open.
+    Raises `OSError`.
+    """
+    with _temporary(path.parent, content, size) as temporary:
         try:
             os.link(temporary, path)
         except FileExistsError:
             logger.debug("%s was made by another process", path)
-    finally:
-        Path(temporary).unlink()
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Make a file appear whole, synced, in the place of any other of that name.
+
+    For files that are read as a whole: who has the other one open goes on with it.
+    Raises `OSError`.
+    """
+    with _temporary(path.parent, content, len(content)) as temporary:
+        temporary.rename(path)
+
+
+def read_whole(path: Path, limit: int) -> bytes | None:
+    """Return the content of a regular file of at most `limit` bytes, None without such a file.
+
+    Raises `OSError`.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    with open(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+            return None
+        return file.read(status.st_size)
 
 
 def _open_existing(path: Path, size: int) -> int | None:
@@ -102,7 +139,7 @@ class CacheFile:
         is removed before the file appears. Raises `CacheError`, and `BackendError` for an id
         that is refused.
         """
-        path = directory / f"{check_blob_id(blob_id)}.blob.data"
+        path = directory / f"{check_blob_id(blob_id)}{DATA_SUFFIX}"
         map_path = directory / f"{path.name}.chunk_map"
         try:
             fd = _open_existing(path, size)
@@ -169,6 +206,35 @@ class CacheFile:
             if count == 0:
                 raise CacheError("cannot write to the cache", path=self.path, offset=offset)
             done += count
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return exactly `length` bytes at `offset`; raise `CacheError`."""
+        try:
+            data = os.pread(self._fd, length, offset)
+        except OSError as error:
+            raise CacheError.of(
+                "cannot read the cache", error, path=self.path, offset=offset
+            ) from error
+        if len(data) != length:
+            raise CacheError(
+                "cache file ends early", path=self.path, offset=offset, expected=length,
+                got=len(data),
+            )  # fmt: skip
+        return data
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill a buffer with the bytes at `offset`; raise `CacheError`."""
+        try:
+            count = os.preadv(self._fd, [view], offset)
+        except OSError as error:
+            raise CacheError.of(
+                "cannot read the cache", error, path=self.path, offset=offset
+            ) from error
+        if count != len(view):
+            raise CacheError(
+                "cache file ends early", path=self.path, offset=offset, expected=len(view),
+                got=count,
+            )  # fmt: skip
 
     def sync(self) -> None:
         """Make everything that was written durable; raise `CacheError`."""

@@ -193,8 +193,16 @@ class ChunkMap:
         """Tell whether every chunk of a range is ready, without the lock."""
         return self._ready.find(0, positions.start, positions.stop) < 0
 
-    def claim(self, positions: range, waiter: Waiter) -> tuple[list[int], int]:
+    def claim(
+        self, positions: range, waiter: Waiter, around: range | None = None
+    ) -> tuple[list[int], int]:
         """Make `waiter` wait for each chunk of the range that is not ready.
+
+        Args:
+            positions: what is wanted.
+            waiter: told once for each chunk.
+            around: a range around it, whose missing chunks are claimed as well because they
+                are fetched together; nobody waits for those.
 
         Returns the positions which the caller now has to fetch, because nobody did so yet,
         and the number of chunks the waiter waits for.
@@ -202,15 +210,15 @@ class ChunkMap:
         mine = []
         waiting = 0
         with self._lock:
-            for position in positions:
+            for position in positions if around is None else around:
                 if self._ready[position]:
                     continue
-                waiting += 1
                 waiters = self._pending.get(position)
                 if waiters is None:
-                    self._pending[position] = [waiter]
+                    waiters = self._pending[position] = []
                     mine.append(position)
-                else:
+                if position in positions:
+                    waiting += 1
                     waiters.append(waiter)
         return mine, waiting
 

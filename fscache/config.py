@@ -7,13 +7,18 @@ its path; keys without effect are listed in `fscache.backend.table`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from fscache.backend.table import ConfigError, ConfigTable
 from fscache.decode import decode_text, version1, version2
 from fscache.settings import DaemonConfig
 
 __all__ = ["ConfigError", "DaemonConfig", "load_config", "parse_config"]
+
+_T = TypeVar("_T")
 
 SIZE_LIMIT = 1 << 20
 _SERVED_CACHE_TYPES = ("blobcache", "filecache")
@@ -33,11 +38,16 @@ def parse_config(text: str) -> DaemonConfig:
         expected = " or ".join(_SERVED_CACHE_TYPES)
         path = "device.cache.type" if old else "cache.type"
         raise ConfigError(f"{path}: expected {expected}, got '{config.cache.type}'")
-    return config
+    return replace(config, text=text)
 
 
 def load_config(path: Path) -> DaemonConfig:
     """Read a configuration file of at most 1 MiB; raise `ConfigError`."""
+    return load(path, parse_config)
+
+
+def load(path: Path, parse: Callable[[str], _T]) -> _T:
+    """Read a file of at most 1 MiB and have its text decoded; raise `ConfigError`."""
     try:
         with path.open("rb") as file:
             data = file.read(SIZE_LIMIT + 1)
@@ -46,7 +56,7 @@ def load_config(path: Path) -> DaemonConfig:
     if len(data) > SIZE_LIMIT:
         raise ConfigError("configuration is larger than 1 MiB", path=path)
     try:
-        return parse_config(data.decode("utf-8"))
+        return parse(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError("configuration is not UTF-8", path=path) from error
     except ConfigError as error:

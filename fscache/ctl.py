@@ -13,17 +13,20 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from erofs.console import CommandParser, package_version
 from erofs.errors import NydusError
 from fscache.ctl_client import BODY_LIMIT, ApiClient, CtlError
+from fscache.ctl_list import prefetch_list, write_list
 from fscache.ctl_text import (
     backend_rates_text,
     backend_text,
     cache_text,
     fsstats_text,
     info_text,
+    is_set,
     raw_text,
 )
 
@@ -113,6 +116,13 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         "metrics", "Gets runtime metrics about backend, cache and filesystems",
         "metrics [OPTIONS] <category>",
     ))  # fmt: skip
+    _add_prefetch_list(add(
+        "prefetch-list", "Prints the files that were read, in the order of first access",
+        "prefetch-list [OPTIONS]",
+        "The daemon has to serve with access_pattern. The list is one for 'nydusd fuse\n"
+        "--prefetch-files' and for the standard input of 'nydus-image create\n"
+        "--prefetch-policy fs'.",
+    ))  # fmt: skip
     _add_mount(add(
         "mount", "Mounts a new filesystem instance",
         "mount [OPTIONS] --source <source> --config <config> --mountpoint <mountpoint>"
@@ -143,6 +153,17 @@ def _add_metrics(parser: _Parser) -> None:
         "--id", metavar="<id>",
         help="instance to ask for, needed when the daemon has several: the mountpoint, or"
         " for cache the id of the configuration",
+    )  # fmt: skip
+
+
+def _add_prefetch_list(parser: _Parser) -> None:
+    parser.add_argument(
+        "--id", metavar="<id>",
+        help="mountpoint of the instance, needed when the daemon has several",
+    )  # fmt: skip
+    parser.add_argument(
+        "-o", "--output", metavar="<output>", type=Path,
+        help="file to write in place of standard output",
     )  # fmt: skip
 
 
@@ -241,6 +262,26 @@ def _metrics(client: ApiClient, arguments: argparse.Namespace) -> None:
         before, asked = answer, now
 
 
+def _prefetch_list(client: ApiClient, arguments: argparse.Namespace) -> None:
+    query = {} if arguments.id is None else {"id": arguments.id}
+    # Without a recording the list would be empty, too.
+    if not is_set(client.request("GET", "/api/v1/metrics", query), "access_pattern_enabled"):
+        raise CtlError("nothing is recorded: the configuration has no access_pattern")
+    answer = client.request("GET", "/api/v1/metrics/pattern", {**query, "paths": "true"})
+    if arguments.raw:
+        _show(raw_text(answer))
+        return
+    listed, left_out = prefetch_list(answer)
+    for path in left_out:
+        print(f"warning: left out, a list cannot hold it: {path!a}", file=sys.stderr)
+    if arguments.output is not None:
+        write_list(arguments.output, listed)
+    else:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(b"".join(path + b"\n" for path in listed))
+        sys.stdout.flush()
+
+
 def _mount(client: ApiClient, arguments: argparse.Namespace) -> None:
     body = {
         "source": arguments.source,
@@ -258,6 +299,7 @@ COMMANDS: dict[str, Callable[[ApiClient, argparse.Namespace], None]] = {
     "info": _info,
     "set": _set,
     "metrics": _metrics,
+    "prefetch-list": _prefetch_list,
     "mount": _mount,
     "umount": _umount,
 }

@@ -87,6 +87,14 @@ def text(answer: object, path: str) -> str:
     return value
 
 
+def is_set(answer: object, path: str) -> bool:
+    """Return the truth value at a dotted path; raise `AnswerError`."""
+    value = _member(answer, path)
+    if not isinstance(value, bool):
+        raise _refuse(path, "a truth value", value)
+    return value
+
+
 def count(answer: object, path: str) -> int:
     """Return the counter at a dotted path; raise `AnswerError`."""
     return _as_count(_member(answer, path), path)
@@ -174,9 +182,7 @@ def _instance_text(mountpoint: str, instance: object) -> str:
     ]
     # Passthrough mounts have no configuration, and a daemon may keep it for itself.
     if _member(instance, "config") is not None:
-        enabled = _member(instance, "config.cache.prefetch.enable")
-        if not isinstance(enabled, bool):
-            raise _refuse("config.cache.prefetch.enable", "a truth value", enabled)
+        enabled = is_set(instance, "config.cache.prefetch.enable")
         rows += [
             ("Mode", _plain(text(instance, "config.rafs.mode"))),
             ("Prefetch", "true" if enabled else "false"),

@@ -7,12 +7,13 @@ from types import TracebackType
 from typing import Self
 
 from fscache.config import DaemonConfig
-from fscache.domain import LazyUnsupported
-from fscache.image import Progress, ServedImage
+from fscache.image import ROOT, Progress, ServedImage
 from fscache.lifecycle import State, StateError
-from fscache.node import ROOT, NodeDaemon, NodeOptions
+from fscache.node import NodeDaemon, NodeOptions
+from fscache.sharing import LazyUnsupported
+from fscache.transport import Transport
 
-__all__ = ["Daemon", "LazyUnsupported", "State", "StateError"]
+__all__ = ["Daemon", "LazyUnsupported", "State", "StateError", "Transport"]
 
 
 class Daemon(NodeDaemon):
@@ -22,7 +23,7 @@ class Daemon(NodeDaemon):
         config: backend and cache directory.
         bootstrap: on a file system that EROFS can be mounted from (ext4, xfs, btrfs).
         mountpoint: an existing directory.
-        eager: fetch and verify everything first, then mount; works without kernel events.
+        transport: how the image gets to the kernel.
         directio: read data files past the page cache.
         progress: called with (bytes done, all bytes) while an eager start fetches.
     """
@@ -33,7 +34,7 @@ class Daemon(NodeDaemon):
         bootstrap: Path,
         mountpoint: Path,
         *,
-        eager: bool = False,
+        transport: Transport = Transport.AUTO,
         directio: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -43,7 +44,7 @@ class Daemon(NodeDaemon):
                 bootstrap=bootstrap,
                 config=config,
                 id=config.id or None,
-                eager=eager,
+                transport=transport,
                 directio=directio,
                 progress=progress,
             )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,9 @@ def decode_text(text: str) -> Any:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as json_error:
+        # Imported here: hardly any configuration is TOML, and it takes 8 ms of every start.
+        import tomllib
+
         try:
             return tomllib.loads(text)
         except (tomllib.TOMLDecodeError, RecursionError):

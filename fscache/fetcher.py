@@ -11,22 +11,32 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from erofs.errors import NydusError
+from erofs.errors import CodecError, NydusError
 from fscache.backend.base import ShortRead, Unavailable
-from fscache.cachedblob import CachedBlob
+from fscache.blobmap import BlobMap
+from fscache.cachedblob import CachedBlob, Unpacker
 from fscache.cachefile import CacheError
+from fscache.failures import Failures
 from fscache.fetchall import FetchAll, Progress
+from fscache.heartbeat import Heartbeat
+from fscache.locating import Locating
+from fscache.outstanding import NOBODY, Done, Outstanding, Request, call
 from fscache.pool import WorkerPool
 
 __all__ = ["CachedBlob", "Fetcher", "FetcherOptions", "Progress"]
 
 logger = logging.getLogger(__name__)
 
-Done = Callable[[NydusError | None], None]
+# Gives the stored bytes of a run of chunks of a map.
+Read = Callable[[BlobMap, Sequence[int]], bytes | memoryview]
+
+_YIELD_SECONDS = 0.01
+# A task ends by itself: all tries of a read together take less, however slow its backend is.
+_STUCK_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,154 +62,23 @@ class FetcherOptions:
     sync_interval: float = 5.0
 
 
-class _Request:
-    """The duty to call `done` exactly once; a `Waiter` of every chunk it lacks."""
-
-    __slots__ = ("_armed", "_done", "_left", "_outstanding", "background", "blob", "expires")
-
-    def __init__(
-        self, outstanding: _Outstanding, blob: CachedBlob, done: Done, *, background: bool
-    ) -> None:
-        self._outstanding = outstanding
-        self.background = background
-        self._done: Done | None = done
-        self._left = 0
-        self._armed = False
-        self.blob = blob
-        self.expires = 0.0
-
-    def arm(self, waiting: int) -> None:
-        """Tell how many chunks are waited for; some of them may be done already."""
-        with self._outstanding.lock:
-            self._left += waiting
-            self._armed = True
-            ended = self._left == 0
-        if ended:
-            self.finish(None)
-
-    def chunk_done(self, error: NydusError | None) -> None:
-        """Take the news of one chunk; the first error ends the request."""
-        with self._outstanding.lock:
-            self._left -= 1
-            ended = error is not None or (self._armed and self._left == 0)
-        if ended:
-            self.finish(error)
-
-    def finish(self, error: NydusError | None) -> None:
-        """Answer, unless that was done."""
-        with self._outstanding.lock:
-            done, self._done = self._done, None
-            self._outstanding.remove(self)
-        if done is not None:
-            _call(done, error)
-
-
-class _Nobody:
-    """A waiter that does not wait: for chunks that are fetched ahead."""
-
-    def chunk_done(self, error: NydusError | None) -> None:
-        """Take the news."""
-
-
-_NOBODY = _Nobody()
-
-
-class _Outstanding:
-    """All requests without an answer, and the lock of their counters."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.requests: set[_Request] = set()
-        # How many of them somebody waits for in the kernel.
-        self.waiting = 0
-        self.closed = False
-
-    def add(self, request: _Request, deadline: float) -> None:
-        """Register a request; raise `Unavailable` after `close`."""
-        request.expires = time.monotonic() + deadline
-        with self.lock:
-            if self.closed:
-                raise Unavailable("the daemon stops", blob=request.blob.blob_id)
-            self.requests.add(request)
-            self.waiting += not request.background
-
-    def remove(self, request: _Request) -> None:
-        """Forget an answered request; the lock is held."""
-        if request in self.requests:
-            self.requests.remove(request)
-            self.waiting -= not request.background
-
-    def close(self) -> None:
-        """Refuse further requests."""
-        with self.lock:
-            self.closed = True
-
-    def fail(self, chosen: Callable[[_Request], bool], what: str) -> None:
-        """Answer the chosen requests with an error."""
-        with self.lock:
-            requests = [request for request in self.requests if chosen(request)]
-        for request in requests:
-            request.finish(Unavailable(what, temporary=True, blob=request.blob.blob_id))
-
-
-def _call(done: Done, error: NydusError | None) -> None:
-    try:
-        done(error)
-    except Exception:
-        # It was called, and the thread serves other requests.
-        logger.exception("answering a request failed")
-
-
-class _Failures:
-    """Chunks that failed a moment ago, with their errors."""
-
-    def __init__(self, ttl: float) -> None:
-        self._ttl = ttl
-        self._lock = threading.Lock()
-        self._errors: dict[tuple[CachedBlob, int], tuple[float, NydusError]] = {}
-
-    def add(self, blob: CachedBlob, position: int, error: NydusError) -> None:
-        """Remember a failure, and forget old ones."""
-        now = time.monotonic()
-        with self._lock:
-            # The oldest come first, because all live equally long.
-            while self._errors:
-                key = next(iter(self._errors))
-                if self._errors[key][0] > now:
-                    break
-                del self._errors[key]
-            self._errors.pop((blob, position), None)
-            self._errors[blob, position] = (now + self._ttl, error)
-
-    def forget(self, blob: CachedBlob) -> None:
-        """Forget the failures of one blob."""
-        with self._lock:
-            self._errors = {key: value for key, value in self._errors.items() if key[0] is not blob}
-
-    def check(self, blob: CachedBlob, positions: range) -> None:
-        """Raise the error of a chunk of the range that failed a moment ago."""
-        if not self._errors:
-            return
-        now = time.monotonic()
-        for position in positions:
-            found = self._errors.get((blob, position))
-            if found is not None and found[0] > now and not blob.chunks.is_ready(position):
-                raise found[1]
-
-
 class Fetcher:
     """Fetches chunks of attached blobs into their data files; safe for many threads."""
 
     def __init__(self, options: FetcherOptions | None = None) -> None:
         self._options = options or FetcherOptions()
         self._stop = threading.Event()
-        self._outstanding = _Outstanding()
-        self._failures = _Failures(self._options.negative_ttl)
+        self._outstanding = Outstanding()
+        self._failures = Failures(self._options.negative_ttl)
+        self._locating = Locating()
         self._blobs_lock = threading.Lock()
         self._blobs: set[CachedBlob] = set()
         self._sync_errors: dict[CachedBlob, str] = {}
         self._wake_sync = threading.Event()
+        # The other half of the workers is always there for readers.
+        self._background = threading.Semaphore(max(1, self._options.workers // 2))
         self._pool = WorkerPool(self._options.workers, self._options.workers_per_blob, "fetch")
+        self._heartbeat = Heartbeat("deadlines of reads")
         self._threads = [
             threading.Thread(target=self._sync_loop, name="fetch-sync", daemon=True),
             threading.Thread(target=self._deadline_loop, name="fetch-deadline", daemon=True),
@@ -261,7 +140,7 @@ class Fetcher:
         try:
             positions = blob.map.chunks_in(offset, length)
         except NydusError as error:
-            _call(done, error)
+            call(done, error)
         else:
             self._request(blob, positions, done)
             if positions:
@@ -275,35 +154,81 @@ class Fetcher:
         following = blob.map.following(positions[-1], count)
         if not following or blob.chunks.all_ready(following):
             return
-        mine, _ = blob.chunks.claim(following, _NOBODY)
-        for group in blob.map.groups(mine, self._options.max_merge):
-            if not self._pool.submit(blob, partial(self._run, blob, group)):
-                self._fail(blob, group, Unavailable("the daemon stops", blob=blob.blob_id))
+        table = blob.map
+        if table.is_located:
+            mine, _ = blob.chunks.claim(following, NOBODY, table.whole_batches(following))
+            self._submit(blob, table, mine, None)
 
     def _request(
-        self, blob: CachedBlob, positions: range, done: Done, *, background: bool = False
+        self, blob: CachedBlob, positions: range, done: Done, background: Read | None = None
     ) -> None:
+        """Answer a request; one in the background says where its stored bytes come from."""
         try:
-            request = self._prepare(blob, positions, done, background)
+            request = self._prepare(blob, positions, done, background is not None)
         except NydusError as error:
-            _call(done, error)
+            call(done, error)
             return
         if request is None:
-            _call(done, None)
+            call(done, None)
             return
-        mine, waiting = blob.chunks.claim(positions, request)
-        if not background:
+        claim = partial(self._claim, blob, positions, request, background)
+        if blob.map.is_located:
+            claim(None)
+        elif self._locating.wait(blob, claim) and not self._pool.submit(
+            blob, partial(self._locate, blob)
+        ):
+            self._locating.settle(blob, Unavailable("the daemon stops", blob=blob.blob_id))
+
+    def _locate(self, blob: CachedBlob) -> None:
+        """Learn where the chunks of a blob are stored, and go on with who waited for that."""
+        failure: NydusError | None = None
+        try:
+            blob.locate(self._stop)
+        except NydusError as error:
+            failure = error
+        except Exception as error:
+            logger.exception("locating the chunks of blob %s failed", blob.blob_id)
+            failure = CacheError(f"internal error ({error!r})", blob=blob.blob_id)
+        if failure is not None:
+            logger.error("%s (nothing of the blob can be fetched)", failure)
+        self._locating.settle(blob, failure)
+
+    def _claim(
+        self,
+        blob: CachedBlob,
+        positions: range,
+        request: Request,
+        background: Read | None,
+        error: NydusError | None,
+    ) -> None:
+        """Fetch what a request lacks and nobody fetches yet, or end it with an error."""
+        if error is not None:
+            for position in positions:
+                self._failures.add(blob, position, error)
+            request.finish(error)
+            return
+        table = blob.map
+        mine, waiting = blob.chunks.claim(positions, request, table.whole_batches(positions))
+        if background is None:
             blob.metrics.request(wanted=len(positions), missing=waiting)
-        # Keys take turns in the pool, so what nobody waits for holds nobody up for long.
-        key = (blob, "background") if background else blob
-        for group in blob.map.groups(mine, self._options.max_merge):
-            if not self._pool.submit(key, partial(self._run, blob, group)):
-                self._fail(blob, group, Unavailable("the daemon stops", blob=blob.blob_id))
+        self._submit(blob, table, mine, background)
         request.arm(waiting)
+
+    def _submit(
+        self, blob: CachedBlob, table: BlobMap, mine: list[int], background: Read | None
+    ) -> None:
+        """Have claimed chunks fetched, run by run."""
+        for run in table.runs(mine, self._options.max_merge):
+            if background is None:
+                taken = self._pool.submit(blob, partial(self._run, blob, run))
+            else:
+                taken = self._pool.submit_background(partial(self._run, blob, run, background))
+            if not taken:
+                self._fail(blob, run, Unavailable("the daemon stops", blob=blob.blob_id))
 
     def _prepare(
         self, blob: CachedBlob, positions: range, done: Done, background: bool
-    ) -> _Request | None:
+    ) -> Request | None:
         """Return a registered request, or None when everything is ready; raise a refusal."""
         if blob not in self._blobs:
             raise CacheError("blob is not attached", blob=blob.blob_id)
@@ -313,18 +238,63 @@ class Fetcher:
                 blob.metrics.request(wanted=len(positions), missing=0)
             return None
         self._failures.check(blob, positions)
-        request = _Request(self._outstanding, blob, done, background=background)
+        request = Request(self._outstanding, blob, done, background=background)
         self._outstanding.add(request, self._options.request_deadline)
         return request
+
+    @property
+    def trouble(self) -> str:
+        """What is wrong with the fetcher, empty when nothing is; a slow backend is nothing."""
+        if self._stop.is_set():
+            return ""
+        if self._pool.is_stuck(_STUCK_SECONDS):
+            return f"workers: all at one task for more than {_STUCK_SECONDS:.0f} s"
+        if not all(thread.is_alive() for thread in self._threads):
+            return "a thread of the fetcher has ended"
+        return self._heartbeat.trouble
 
     @property
     def has_readers(self) -> bool:
         """Whether somebody waits for a chunk right now."""
         return self._outstanding.waiting > 0
 
-    def prefetch(self, blob: CachedBlob, group: range, done: Done) -> None:
-        """Fetch a run of `BlobMap.groups` behind those who wait, then call `done` once."""
-        self._request(blob, group, done, background=True)
+    def wait_for_readers(self, stop: threading.Event) -> bool:
+        """Wait until nobody waits for a chunk; return False when `stop` was set before."""
+        while self.has_readers:
+            if stop.wait(_YIELD_SECONDS):
+                return False
+        return not stop.is_set()
+
+    def begin_background(self, stop: threading.Event) -> bool:
+        """Wait for a worker that nobody needs; return False when `stop` was set before.
+
+        After True `prefetch` has to be called once.
+        """
+        while not stop.is_set():
+            if self._background.acquire(timeout=_YIELD_SECONDS):
+                if not self.has_readers:
+                    return True
+                self._background.release()
+                stop.wait(_YIELD_SECONDS)
+        return False
+
+    def prefetch(
+        self, blob: CachedBlob, group: range, done: Done, read: Read | None = None
+    ) -> None:
+        """Make a run of `BlobMap.groups` ready for nobody, then call `done` once.
+
+        Args:
+            blob: an attached blob.
+            group: of its chunks.
+            done: as for `request`.
+            read: gives the stored bytes where the caller has them already; raises `NydusError`.
+        """
+
+        def free(error: NydusError | None) -> None:
+            self._background.release()
+            done(error)
+
+        self._request(blob, group, free, read or partial(self._read, blob))
 
     def ensure(self, blob: CachedBlob, offset: int, length: int) -> None:
         """Make a range ready and return; raise the `NydusError` of a failure."""
@@ -361,12 +331,12 @@ class Fetcher:
 
     # Work
 
-    def _run(self, blob: CachedBlob, group: range) -> None:
+    def _run(self, blob: CachedBlob, run: Sequence[int], read: Read | None = None) -> None:
         """Fetch a run of claimed chunks; every one of them is completed or failed."""
-        todo = deque(group)
+        todo = deque(run)
         try:
             with blob.in_use():
-                self._fetch(blob, todo)
+                self._fetch(blob, blob.locate(self._stop), todo, read or partial(self._read, blob))
         except NydusError as error:
             failure = error
         except Exception as error:
@@ -378,48 +348,67 @@ class Fetcher:
         if blob.is_complete:
             self._wake_sync.set()
 
-    def _fetch(self, blob: CachedBlob, todo: deque[int]) -> None:
-        try:
-            self._fetch_run(blob, todo, range(todo[0], todo[-1] + 1))
-        except ShortRead as error:
-            if len(todo) == 1:
-                raise
-            # The chunks before the end of a truncated blob are still good.
-            logger.warning("%s; trying single chunks", error)
-            while todo:
-                self._fetch_run(blob, todo, range(todo[0], todo[0] + 1))
+    def _read(self, blob: CachedBlob, table: BlobMap, run: Sequence[int]) -> bytes:
+        return blob.retry.run(lambda: blob.read(table, run), self._stop)
 
-    def _fetch_run(self, blob: CachedBlob, todo: deque[int], run: range) -> None:
+    def _fetch(self, blob: CachedBlob, table: BlobMap, todo: deque[int], read: Read) -> None:
+        # More than one run only when the blob's table has changed meanwhile.
+        for run in table.runs(list(todo), self._options.max_merge):
+            try:
+                self._fetch_run(blob, table, todo, run, read)
+            except ShortRead as error:
+                if len(run) == 1:
+                    raise
+                # The chunks before the end of a truncated blob are still good.
+                logger.warning("%s; trying single chunks", error)
+                for single in table.runs(run, 1):
+                    self._fetch_run(blob, table, todo, single, read)
+
+    def _fetch_run(
+        self, blob: CachedBlob, table: BlobMap, todo: deque[int], run: Sequence[int], read: Read
+    ) -> None:
         """Read a run with one backend range and store its chunks; a bad chunk harms no other.
 
         Raises `BackendError`, with `todo` as it was.
         """
-        stored = memoryview(blob.retry.run(lambda: blob.read(run), self._stop))
+        stored = memoryview(read(table, run))
         blob.metrics.buffer(len(stored))
         try:
-            start = 0
+            unpacker = Unpacker(table)
+            begin, _ = table.stored_range(run)
             for position in run:
-                end = start + blob.map.compressed_sizes[position]
-                self._store(blob, todo, stored[start:end])
-                start = end
+                if todo[0] != position:
+                    # It has failed with the rest of its batch.
+                    continue
+                start = table.compressed_offsets[position] - begin
+                piece = stored[start : start + table.compressed_sizes[position]]
+                self._store(blob, todo, piece, unpacker)
         finally:
             blob.metrics.buffer(-len(stored))
 
-    def _store(self, blob: CachedBlob, todo: deque[int], stored: memoryview) -> None:
+    def _store(
+        self, blob: CachedBlob, todo: deque[int], stored: memoryview, unpacker: Unpacker
+    ) -> None:
         """Settle the first chunk of `todo` and take it off."""
         position = todo[0]
         try:
-            blob.store(position, stored)
+            blob.store(position, stored, unpacker)
         except NydusError as error:
-            todo.popleft()
-            self._fail(blob, [position], error)
+            failed = [todo.popleft()]
+            if isinstance(error, CodecError):
+                failed += unpacker.table.rest_of_batch(position, todo)
+            for _ in failed[1:]:
+                todo.popleft()
+            self._fail(blob, failed, error)
             return
         todo.popleft()
         blob.metrics.chunk_fetched()
         for waiter in blob.chunks.complete(position):
             waiter.chunk_done(None)
+        for listener in blob.listeners:
+            listener(position)
 
-    def _fail(self, blob: CachedBlob, positions: range | list[int], error: NydusError) -> None:
+    def _fail(self, blob: CachedBlob, positions: Sequence[int], error: NydusError) -> None:
         logger.error("%s (%d chunks failed)", error, len(positions))
         for position in positions:
             # First the memory, then the claim: a request in between sees one of them.
@@ -455,6 +444,7 @@ class Fetcher:
 
     def _deadline_loop(self) -> None:
         while not self._stop.wait(min(1.0, self._options.request_deadline / 4)):
+            self._heartbeat.beat()
             self._outstanding.fail(
                 lambda request: request.expires <= time.monotonic(), "request took too long"
             )

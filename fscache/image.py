@@ -4,59 +4,60 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import secrets
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from fscache.backend import Backend, BlobReader, open_backend
 from fscache.backend.base import TakesCredentials
 from fscache.backend.retry import retry_policy
 from fscache.backend.settings import Credentials
+from fscache.bootfile import mountable_bootstrap
 from fscache.cachedblob import CachedBlob
-from fscache.channel.eager import mount_complete
 from fscache.config import DaemonConfig
-from fscache.domain import CacheDomain, LazyUnsupported, prepare_work_dir
+from fscache.dictionary import resolve
 from fscache.fetcher import Fetcher
 from fscache.metrics import CacheMetrics
-from fscache.mount import ErofsMount, MountBusy, MountError, mount_erofs
-from fscache.plan import BlobPlan, read_plan
+from fscache.mount import MountBusy, MountError
+from fscache.mounting import ROOT, ImageOptions, Mount, MountJob, Progress
+from fscache.plan import read_plan
 from fscache.prefetch import Prefetch
+from fscache.record import ImageRecord
+from fscache.sharing import Domain
+from fscache.streamprefetch import StreamPrefetch
+from fscache.trace import Trace, open_trace
 
-__all__ = ["ImageOptions", "Progress", "ServedImage"]
+__all__ = ["ROOT", "ImageOptions", "Keep", "Progress", "ServedImage"]
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class ImageOptions:
-    """How an image is mounted.
-
-    Args:
-        directio: read data files past the page cache.
-        progress: called with (bytes done, all bytes) while an eager start fetches.
-        before_mount: called when the fetching is over and the mount begins.
-    """
-
-    directio: bool = False
-    progress: Progress | None = None
-    before_mount: Callable[[], None] | None = None
+# Has a holder note an image that is about to be reachable.
+Keep = Callable[["ServedImage"], None]
 
 
 class ServedImage:
-    """A mounted image and what it holds open; call `mount_lazily` or `mount_eagerly`.
+    """A mounted image and what it holds open; `mount` it, or `adopt` one that is mounted.
 
     Args:
         config: backend and cache directory.
-        bootstrap: on a file system that EROFS can be mounted from (ext4, xfs, btrfs).
+        bootstrap: on a file system that EROFS can be mounted from (ext4, xfs, btrfs), or a blob
+            that has its metadata inside.
         mountpoint: an existing directory.
+        kept: another path of the bootstrap, of an image that is mounted already.
     """
 
-    def __init__(self, config: DaemonConfig, bootstrap: Path, mountpoint: Path) -> None:
+    def __init__(
+        self,
+        config: DaemonConfig,
+        bootstrap: Path,
+        mountpoint: Path,
+        kept: Path | None = None,
+    ) -> None:
         # Looked at first: nobody wants to fetch an image and then hear of a wrong path.
-        if not mountpoint.is_dir():
+        if kept is None and not mountpoint.is_dir():
             raise MountError("mount point is not a directory", errno.ENOTDIR, path=mountpoint)
         self.config = config
         self.bootstrap = bootstrap
@@ -66,78 +67,163 @@ class ServedImage:
         self.cache_metrics = CacheMetrics(
             config.work_dir, prefetch.threads if prefetch.enable else 0
         )
-        self._plan = read_plan(bootstrap)
+        # Of a blob with its metadata inside the kernel mounts a file that was taken out of it.
+        self._mounted_file = kept or mountable_bootstrap(bootstrap, config.work_dir)
+        self._plan = read_plan(self._mounted_file, bootstrap)
         self._stack = ExitStack()
         self.backend: Backend = open_backend(config.backend)
         self._stack.callback(self.backend.close)
+        try:
+            self.bootstrap_fd = os.open(self._mounted_file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            self._stack.close()
+            raise MountError(f"bootstrap cannot be opened ({error})", path=bootstrap) from error
+        self._stack.callback(os.close, self.bootstrap_fd)
         self._retry = retry_policy(config.backend)
-        self._mount: ErofsMount | None = None
+        self._domain: Domain | None = None
+        self._mount: Mount | None = None
+        self._readers: list[BlobReader] = []
         self._needs_daemon = True
+        # Of a lazily mounted image whose reads are recorded.
+        self.trace: Trace | None = None
+        self._auth = ""
+        self._path = ROOT
+        self._mounted_at = time.time()
+        self._leaving = False
+        self.key = f"image:{secrets.token_hex(8)}"
 
-    def mount_lazily(self, domain: CacheDomain, fetcher: Fetcher, options: ImageOptions) -> None:
-        """Mount it and fetch what is read; raise `NydusError`, then nothing is left open."""
-        with ExitStack() as stack:
-            stack.callback(self._stack.close)
-            devices, readers = [], []
-            for plan in self._plan.blobs:
-                reader = self.backend.open(plan.entry.id)
-                devices.append(domain.acquire(plan, reader, self.cache_metrics, self._retry))
-                self._stack.callback(domain.release, reader)
-                readers.append(reader)
-            mount = mount_erofs(self.bootstrap, devices, self.mountpoint, directio=options.directio)
+    def mount(self, domain: Domain, fetcher: Fetcher, options: ImageOptions, keep: Keep) -> None:
+        """Mount it in the way of a domain; raise `NydusError`, then nothing is left open.
+
+        `keep` is called when the mount exists and nobody can reach it yet, if a successor
+        could go on with it.
+        """
+        self._path = options.path
+        self._domain = domain
+
+        def attaching(mount: Mount) -> None:
             self._mount = mount
-            stack.pop_all()
-        if mount.name is None:
-            # After a lazy unmount nobody could tell when the last user is gone.
-            self.unmount()
-            self.close()
-            raise LazyUnsupported("lazy reading needs /sys/fs/erofs: is sysfs mounted at /sys?")
-        self._prefetch(fetcher, [domain.blob(reader) for reader in readers])
+            keep(self)
 
-    def _prefetch(self, fetcher: Fetcher, blobs: list[CachedBlob]) -> None:
-        if self._prefetch_config.enable:
-            run = Prefetch(fetcher, blobs, self._plan.listed, self._prefetch_config)
-            self._stack.callback(run.stop)
-
-    def mount_eagerly(self, fetcher: Fetcher, options: ImageOptions) -> None:
-        """Fetch and verify everything, then mount; raise `NydusError`, nothing is left open."""
         with ExitStack() as stack:
             stack.callback(self._stack.close)
-            prepare_work_dir(self.config.work_dir)
-            blobs = [self._open_blob(plan, fetcher) for plan in self._plan.blobs]
-            total = sum(sum(blob.map.uncompressed_sizes) for blob in blobs)
-            before = 0
-            for blob in blobs:
-                fetcher.fetch_all(blob, _progress(options.progress, before, total))
-                before += sum(blob.map.uncompressed_sizes)
-            if options.before_mount is not None:
-                options.before_mount()
-            paths = [blob.path for blob in blobs]
-            mount = mount_complete(
-                self.bootstrap, paths, self.mountpoint, directio=options.directio
-            )
+            job = self._job(self._acquire(domain), options, attaching)
+            self._mount = domain.mount(job)
+            self._stack.callback(self._mount.close)
             # Complete files need nobody from here on.
-            self._needs_daemon = False
-            self._mount = mount
+            self._needs_daemon = domain.serves
+            stack.pop_all()
+        if domain.serves:
+            self._prefetch(fetcher, domain)
+
+    def _job(
+        self, blobs: list[CachedBlob], options: ImageOptions, attaching: Callable[[Mount], None]
+    ) -> MountJob:
+        return MountJob(
+            self._mounted_file, self.bootstrap_fd, self.mountpoint, blobs, options, attaching
+        )
+
+    def adopt(self, domain: Domain, record: ImageRecord, key: str) -> None:
+        """Serve an image that a killed worker has mounted; raise `NydusError`."""
+        self.key = key
+        self._path = record.path
+        self._auth = record.auth
+        self._leaving = record.leaving
+        self._mounted_at = record.mounted_at
+        self._domain = domain
+        if record.auth:
+            self.set_credentials(Credentials.from_base64(record.auth))
+        with ExitStack() as stack:
+            stack.callback(self._stack.close)
+            options = ImageOptions(path=record.path)
+            job = self._job(self._acquire(domain), options, lambda mount: None)
+            self._mount = domain.adopt(job, record.device, record.erofs)
+            self._stack.callback(self._mount.close)
             stack.pop_all()
 
-    def _open_blob(self, plan: BlobPlan, fetcher: Fetcher) -> CachedBlob:
-        reader: BlobReader = self.backend.open(plan.entry.id)
-        blob = CachedBlob.open(
-            self.config.work_dir, plan.entry, plan.chunks, reader, self.cache_metrics
+    def begin_prefetch(self, fetcher: Fetcher) -> None:
+        """Prefetch as the configuration says, after `adopt`."""
+        if self._domain is not None:
+            self._prefetch(fetcher, self._domain)
+
+    def _acquire(self, domain: Domain) -> list[CachedBlob]:
+        """Open all blobs."""
+        blobs = []
+        if domain.serves:
+            self.trace = open_trace(self.bootstrap_file, self.config.rafs)
+        for plan in self._plan.blobs:
+            reader = self.backend.open(plan.entry.id)
+            resolved = resolve(plan, self.config.work_dir, reader, self._retry)
+            blobs.append(domain.acquire(resolved, reader, self.cache_metrics, self._retry))
+            self._stack.callback(domain.release, reader)
+            if self.trace is not None:
+                domain.watch(reader, self.trace)
+                self._stack.callback(domain.unwatch, reader, self.trace)
+            self._readers.append(reader)
+        return blobs
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether a successor could go on with the mount."""
+        return self._needs_daemon and self._mount is not None and self._mount.name is not None
+
+    @property
+    def record(self) -> ImageRecord:
+        """What a successor needs to go on with this image, once it is mounted."""
+        if self._domain is None or self._mount is None or self._mount.name is None:
+            raise MountError("image is not mounted", path=self.mountpoint)
+        return ImageRecord(
+            path=self._path,
+            mountpoint=str(self._mount.mountpoint),
+            bootstrap=str(self.bootstrap.absolute()),
+            work_dir=str(self.config.work_dir.absolute()),
+            config=self.config.text,
+            prefetch_files="\0".join(map(os.fsdecode, self.config.prefetch_files or ())),
+            auth=self._auth,
+            erofs=self._mount.name,
+            device=self._mount.device,
+            mounted_at=self._mounted_at,
+            leaving=self._leaving,
+            transport=self._domain.transport,
         )
-        blob.retry = self._retry
-        fetcher.attach(blob)
-        self._stack.callback(fetcher.detach, blob)
-        return blob
+
+    def is_of(self, bootstrap: Path) -> bool:
+        """Whether the image was mounted from this file."""
+        return os.path.realpath(self.bootstrap) == os.path.realpath(bootstrap)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the image is on top at its mount point."""
+        return self._mount is not None and self._mount.is_attached()
+
+    @property
+    def bootstrap_file(self) -> Path:
+        """The bootstrap, whatever has its name meanwhile."""
+        return Path(f"/proc/self/fd/{self.bootstrap_fd}")
+
+    def _prefetch(self, fetcher: Fetcher, domain: Domain) -> None:
+        config, files = self._prefetch_config, self.config.prefetch_files
+        if files is not None and not (config.enable and not config.stream_prefetch):
+            logger.warning("the list of files to prefetch is not used: no prefetch of files is on")
+        if not config.enable:
+            return
+        blobs = [domain.blob(reader) for reader in self._readers]
+        run: Prefetch | StreamPrefetch
+        if config.stream_prefetch:
+            run = StreamPrefetch(fetcher, list(zip(blobs, self._readers, strict=True)), config)
+        else:
+            run = Prefetch(fetcher, self.bootstrap_file, blobs, files, config)
+        self._stack.callback(run.stop)
 
     def set_credentials(self, credentials: Credentials) -> None:
         """Use other credentials from now on, where the backend has any."""
         if isinstance(self.backend, TakesCredentials):
             self.backend.set_credentials(credentials)
+            self._auth = credentials.basic.removeprefix("Basic ")
 
     def unmount(self) -> None:
         """Take the mount out of the tree; its users, if there are any, go on (see `is_gone`)."""
+        self._leaving = True
         if self._mount is None:
             return
         try:
@@ -158,9 +244,3 @@ class ServedImage:
     def close(self) -> None:
         """Let go of blobs and backend; only when `is_gone`."""
         self._stack.close()
-
-
-def _progress(progress: Progress | None, before: int, total: int) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda done, _: progress(before + done, total)

@@ -2,7 +2,7 @@
 
 Each function is one call: it raises `OSError` with the kernel's errno and hands new
 descriptors (always close-on-exec) to the caller, who owns them. No policy lives here:
-no retries, no defaults, no state. cffi releases the GIL around each call, so a thread
+no retries, no defaults, no state. ctypes releases the GIL around each call, so a thread
 that waits in the kernel for an event of this very process does not stop the others.
 
 Source: Linux `include/uapi/linux/fanotify.h`, `include/uapi/linux/mount.h`; spec
@@ -11,14 +11,13 @@ ondemand 5.2 and 8.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
 import os
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import cffi
+from typing import NamedTuple
 
 __all__ = [
     "AT_FDCWD",
@@ -42,9 +41,12 @@ __all__ = [
     "fsconfig_string",
     "fsmount",
     "fsopen",
+    "make_private",
     "move_mount",
     "open_tree",
+    "read_log",
     "umount",
+    "unshare_directory",
 ]
 
 FAN_CLOEXEC = 0x1
@@ -72,9 +74,16 @@ _FSCONFIG_SET_FLAG = 0
 _FSCONFIG_SET_STRING = 1
 _FSCONFIG_CMD_CREATE = 6
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_MOVE_MOUNT_BENEATH = 0x200
 # OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC
 _OPEN_TREE_FLAGS = 1 | os.O_CLOEXEC
+_AT_EMPTY_PATH = 0x1000
+_AT_RECURSIVE = 0x8000
+_MS_PRIVATE = 1 << 18
+# struct mount_attr: attributes to set and to clear, propagation, user namespace.
+_MOUNT_ATTR = struct.Struct("=QQQQ")
 _LOG_LINE_BYTES = 4096
+_CLONE_FS = 0x200
 
 
 class _Numbers(NamedTuple):
@@ -85,6 +94,7 @@ class _Numbers(NamedTuple):
     fsopen: int = 430
     fsconfig: int = 431
     fsmount: int = 432
+    mount_setattr: int = 442
 
 
 _NUMBERS = {
@@ -94,17 +104,14 @@ _NUMBERS = {
 
 
 @functools.cache
-def _libc() -> tuple[cffi.FFI, Any]:
-    ffi = cffi.FFI()
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
     # syscall(2) is variadic in C, but takes all its arguments in registers as any other
-    # function does, and words spare a cast for each argument.
-    ffi.cdef(
-        """
-        long syscall(long number, long a, long b, long c, long d, long e);
-        int umount2(const char *target, int flags);
-        """
-    )
-    return ffi, ffi.dlopen(None)
+    # function does. Words alone: pointers are given by their addresses.
+    libc.syscall.argtypes = [ctypes.c_long] * 6
+    libc.syscall.restype = ctypes.c_long
+    libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+    return libc
 
 
 @functools.cache
@@ -129,17 +136,16 @@ def _text(value: str | bytes | Path) -> bytes:
 
 def _call(what: str, number: int, *args: int | bytes | None) -> int:
     """Make one system call; `what` becomes the file name of the `OSError`."""
-    ffi, libc = _libc()
     # `keep` owns the C strings until the call is over.
-    keep = [ffi.new("char[]", arg) if isinstance(arg, bytes) else arg for arg in args]
+    keep = [ctypes.create_string_buffer(arg) if isinstance(arg, bytes) else arg for arg in args]
     words = [
-        0 if item is None else item if isinstance(item, int) else int(ffi.cast("intptr_t", item))
+        0 if item is None else item if isinstance(item, int) else ctypes.addressof(item)
         for item in keep
     ]
     words += [0] * (5 - len(words))
-    result = int(libc.syscall(number, *words))
+    result: int = _libc().syscall(number, *words)
     if result < 0:
-        code = ffi.errno
+        code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), what)
     return result
 
@@ -168,7 +174,7 @@ def fsopen(filesystem: str) -> int:
     return _call(filesystem, _numbers().fsopen, _text(filesystem), _FSOPEN_CLOEXEC)
 
 
-def _read_log(context: int) -> list[str]:
+def read_log(context: int) -> list[str]:
     """Read the messages that the kernel left in a context; `e`, `w` and `i` mark their level."""
     lines: list[str] = []
     while True:
@@ -187,7 +193,7 @@ def _configure(context: int, what: str, number: int, *args: int | bytes | None) 
     try:
         return _call(what, number, context, *args)
     except OSError as error:
-        lines = _read_log(context)
+        lines = read_log(context)
         if not lines:
             raise
         text = f"{error.strerror} (kernel: {'; '.join(lines)})"
@@ -221,20 +227,34 @@ def fsmount(context: int, attributes: int) -> int:
     return _configure(context, "fsmount", _numbers().fsmount, _FSMOUNT_CLOEXEC, attributes)
 
 
-def move_mount(mount: int, target: Path) -> None:
-    """Attach a mount descriptor at a directory."""
-    number = _numbers().move_mount
-    _call(str(target), number, mount, b"", AT_FDCWD, _text(target), _MOVE_MOUNT_F_EMPTY_PATH)
+def move_mount(mount: int, target: Path, *, beneath: bool = False) -> None:
+    """Attach a mount descriptor at a directory: on top, or beneath the top mount (Linux 6.5)."""
+    flags = _MOVE_MOUNT_F_EMPTY_PATH | (_MOVE_MOUNT_BENEATH if beneath else 0)
+    _call(str(target), _numbers().move_mount, mount, b"", AT_FDCWD, _text(target), flags)
 
 
-def open_tree(source: Path) -> int:
-    """Clone the mount at a directory, without those below; the caller owns the descriptor."""
-    return _call(str(source), _numbers().open_tree, AT_FDCWD, _text(source), _OPEN_TREE_FLAGS)
+def open_tree(source: Path, *, recursive: bool = False) -> int:
+    """Clone the mount at a directory, alone or with those below; the caller owns the descriptor."""
+    flags = _OPEN_TREE_FLAGS | (_AT_RECURSIVE if recursive else 0)
+    return _call(str(source), _numbers().open_tree, AT_FDCWD, _text(source), flags)
+
+
+def make_private(mount: int, attributes: int) -> None:
+    """Cut a mount descriptor off from mount propagation and set `MOUNT_ATTR_*` of it."""
+    words = _MOUNT_ATTR.pack(attributes, 0, _MS_PRIVATE, 0)
+    number = _numbers().mount_setattr
+    _call("mount_setattr", number, mount, b"", _AT_EMPTY_PATH, words, len(words))
 
 
 def umount(target: Path, flags: int) -> None:
     """Unmount what is on top of `target` (`MNT_DETACH`: lazily, `UMOUNT_NOFOLLOW`: no links)."""
-    ffi, libc = _libc()
-    if libc.umount2(_text(target), flags) < 0:
-        code = ffi.errno
+    if _libc().umount2(_text(target), flags) < 0:
+        code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), str(target))
+
+
+def unshare_directory() -> None:
+    """Give the calling thread, and threads that it starts, a working directory of their own."""
+    if _libc().unshare(_CLONE_FS) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), "unshare")

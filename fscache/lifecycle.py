@@ -12,6 +12,8 @@ __all__ = ["Lifecycle", "State", "StateError"]
 
 logger = logging.getLogger(__name__)
 
+_LOOK_SECONDS = 1.0
+
 
 class StateError(NydusError):
     """Something was asked for that the daemon's state does not permit."""
@@ -65,4 +67,7 @@ class Lifecycle:
 
     def wait(self) -> None:
         """Block until somebody asks for a stop."""
-        self._stop_wanted.wait()
+        # The kernel gives the second of two signals to any thread, which does not end a wait of
+        # the main thread: its handler runs when that one comes by.
+        while not self._stop_wanted.wait(_LOOK_SECONDS):
+            pass

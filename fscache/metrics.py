@@ -6,14 +6,45 @@ import threading
 import time
 from bisect import bisect_left, bisect_right
 from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["CacheMetrics", "ReadMetrics"]
+__all__ = [
+    "LATENCY_SECONDS",
+    "SIZE_CLASSES",
+    "CacheCounts",
+    "CacheMetrics",
+    "ReadCounts",
+    "ReadMetrics",
+    "of_reads",
+    "size_class",
+]
 
 # Lower ends of the classes of request sizes, upper ends of those of latencies (tools 8.1).
-_SIZE_CLASSES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20)
-_LATENCY_SECONDS = (0.0002, 0.001, 0.02, 0.05, 0.5, 1.0, 2.0)
+SIZE_CLASSES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20)
+LATENCY_SECONDS = (0.0002, 0.001, 0.02, 0.05, 0.5, 1.0, 2.0)
 _OPERATIONS = 15
 _READ = 4
+
+
+class ReadCounts(NamedTuple):
+    """A copy of `ReadMetrics`: bytes that were answered and wanted, requests by class."""
+
+    bytes_read: int
+    bytes_wanted: int
+    errors: int
+    micros: int
+    sizes: tuple[int, ...]
+    latencies: tuple[int, ...]
+
+
+def size_class(length: int) -> int:
+    """Return the class of a read of `length` bytes, 0 to 7 (tools 8.1)."""
+    return bisect_right(SIZE_CLASSES, length)
+
+
+def of_reads(value: int) -> list[int]:
+    """Return a list by operation that holds something for reads alone (tools 8.1)."""
+    return [value if operation == _READ else 0 for operation in range(_OPERATIONS)]
 
 
 class ReadMetrics:
@@ -25,38 +56,66 @@ class ReadMetrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._bytes = self._errors = self._micros = 0
+        self._bytes = self._wanted = self._errors = self._micros = 0
         self._sizes = [0] * 8
         self._latencies = [0] * 8
 
     def count(self, length: int, seconds: float, *, failed: bool) -> None:
         """Count one answered request."""
         with self._lock:
-            self._sizes[bisect_right(_SIZE_CLASSES, length)] += 1
-            self._latencies[bisect_left(_LATENCY_SECONDS, seconds)] += 1
+            self._sizes[size_class(length)] += 1
+            self._latencies[bisect_left(LATENCY_SECONDS, seconds)] += 1
+            self._wanted += length
             self._micros += int(seconds * 1_000_000)
             if failed:
                 self._errors += 1
             else:
                 self._bytes += length
 
+    def counts(self) -> ReadCounts:
+        """Return a consistent copy."""
+        with self._lock:
+            return ReadCounts(
+                self._bytes,
+                self._wanted,
+                self._errors,
+                self._micros,
+                tuple(self._sizes),
+                tuple(self._latencies),
+            )
+
     def as_dict(self) -> dict[str, object]:
         """Return a consistent copy under the names of the API."""
-        with self._lock:
-            return {
-                "nr_opens": 0,
-                "data_read": self._bytes,
-                "block_count_read": list(self._sizes),
-                "fop_hits": _of_reads(sum(self._sizes)),
-                "fop_errors": _of_reads(self._errors),
-                "fop_cumulative_latency_total": _of_reads(self._micros),
-                "read_latency_dist": list(self._latencies),
-            }
+        counts = self.counts()
+        return {
+            "nr_opens": 0,
+            "data_read": counts.bytes_read,
+            "block_count_read": list(counts.sizes),
+            "fop_hits": of_reads(sum(counts.sizes)),
+            "fop_errors": of_reads(counts.errors),
+            "fop_cumulative_latency_total": of_reads(counts.micros),
+            "read_latency_dist": list(counts.latencies),
+        }
 
 
-def _of_reads(value: int) -> list[int]:
-    """Return a list by operation that holds something for reads alone."""
-    return [value if operation == _READ else 0 for operation in range(_OPERATIONS)]
+class CacheCounts(NamedTuple):
+    """A copy of `CacheMetrics`; times of prefetch as seconds since the epoch, 0 for none."""
+
+    files: int
+    complete: bool
+    requests: int
+    whole_hits: int
+    partial_hits: int
+    chunks_ready: int
+    chunks_fetched: int
+    digest_failures: int
+    buffered_bytes: int
+    prefetch_workers: int
+    prefetch_bytes: int
+    prefetch_requests: int
+    prefetch_millis: int
+    prefetch_begin: float
+    prefetch_end: float
 
 
 class CacheMetrics:
@@ -146,6 +205,31 @@ class CacheMetrics:
                 self._prefetch_begin = _split(begin)
             self._prefetch_end = _split(end)
 
+    def counts(self) -> CacheCounts:
+        """Return a consistent copy."""
+        with self._lock:
+            return CacheCounts(
+                files=len(self._files),
+                complete=self._complete,
+                requests=self._total,
+                whole_hits=self._whole_hits,
+                partial_hits=self._partial_hits,
+                chunks_ready=self._entries,
+                chunks_fetched=self.chunks_fetched,
+                digest_failures=self.digest_failures,
+                buffered_bytes=self._buffered,
+                prefetch_workers=self._workers,
+                prefetch_bytes=self._prefetch_bytes,
+                prefetch_requests=self._prefetch_requests,
+                prefetch_millis=self._prefetch_millis,
+                prefetch_begin=_joined(self._prefetch_begin),
+                prefetch_end=_joined(self._prefetch_end),
+            )
+
+    @property
+    def _complete(self) -> bool:
+        return bool(self._files) and not self._incomplete
+
     def as_dict(self) -> dict[str, object]:
         """Return a consistent copy under the names of the API."""
         with self._lock:
@@ -166,9 +250,13 @@ class CacheMetrics:
                 "prefetch_end_time_secs": self._prefetch_end[0],
                 "prefetch_end_time_millis": self._prefetch_end[1],
                 "buffered_backend_size": self._buffered,
-                "data_all_ready": bool(self._files) and not self._incomplete,
+                "data_all_ready": self._complete,
             }
 
 
 def _split(moment: float) -> tuple[int, int]:
     return int(moment), int(moment * 1000) % 1000
+
+
+def _joined(moment: tuple[int, int]) -> float:
+    return moment[0] + moment[1] / 1000

@@ -11,14 +11,22 @@ import fcntl
 import logging
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from erofs.errors import NydusError
 from fscache import kernel
 
-__all__ = ["ErofsMount", "MountBusy", "MountError", "create_mount", "mount_erofs"]
+__all__ = [
+    "DEFAULT_READ_AHEAD_KB",
+    "ErofsMount",
+    "MountBusy",
+    "MountError",
+    "create_mount",
+    "mount_erofs",
+    "set_read_ahead",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -132,7 +140,7 @@ def _sysfs_name(root: int) -> str | None:
     return text
 
 
-def _set_read_ahead(name: str | None, device: int, kilobytes: int) -> None:
+def set_read_ahead(name: str | None, device: int, kilobytes: int) -> None:
     """Set the read-ahead window; block devices have their number as name. Failure is logged."""
     number = f"{os.major(device)}:{os.minor(device)}"
     bdi = _BDI / (name if name and (_BDI / name).exists() else number)
@@ -200,6 +208,9 @@ class ErofsMount:
         """Take the mount out of the tree now; it ends with its last user (see `is_gone`)."""
         self._umount(kernel.MNT_DETACH)
 
+    def close(self) -> None:
+        """Do nothing: who answers is the same for many mounts."""
+
 
 def mount_erofs(
     source: Path,
@@ -208,11 +219,14 @@ def mount_erofs(
     *,
     directio: bool = False,
     read_ahead_kb: int = DEFAULT_READ_AHEAD_KB,
+    before_attach: Callable[[ErofsMount], None] | None = None,
 ) -> ErofsMount:
     """Mount an EROFS image read-only on an existing directory; see `create_mount`.
 
-    For lazy data files the mark has to be there before (`FanotifyChannel`), the paths
-    have to lead through the marked directory, and the bootstrap must not.
+    `before_attach` is called while the mount exists and nobody can reach it; if it raises,
+    the mount is gone. For lazy data files the mark has to be there before
+    (`FanotifyChannel`), the paths have to lead through the marked directory, and the
+    bootstrap must not.
 
     Raises:
         MountError: with path, reason and the kernel's own messages; nothing stays behind.
@@ -228,8 +242,10 @@ def mount_erofs(
         finally:
             os.close(root)
         # Before anybody can read.
-        _set_read_ahead(name, device, read_ahead_kb)
+        set_read_ahead(name, device, read_ahead_kb)
         result = ErofsMount(mountpoint.absolute(), device, name)
+        if before_attach is not None:
+            before_attach(result)
         kernel.move_mount(mount, result.mountpoint.resolve())
     except OSError as error:
         code = error.errno or errno.EIO

@@ -1,11 +1,16 @@
-"""Mounts that hold no image: the private tmpfs that images hang below, and bind mounts."""
+"""Mounts that hold no image: the private tmpfs that images hang below, bind mounts, and mountinfo.
+
+Overlays are in `fscache.overlay`.
+"""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import stat
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +18,25 @@ from typing import NamedTuple
 from fscache import kernel
 from fscache.mount import MountBusy, MountError
 
-__all__ = ["TMPFS_SOURCE", "Mounted", "PlainMount", "mount_bind", "mount_tmpfs", "mounted_at"]
+__all__ = [
+    "MOUNT_SOURCE",
+    "Mounted",
+    "PlainMount",
+    "clear_leftover",
+    "create_tmpfs",
+    "device_at",
+    "is_our_overlay",
+    "mount_bind",
+    "mount_tmpfs",
+    "mounted_at",
+    "mounted_below",
+    "umount_fd",
+]
 
-# Tells our tmpfs from anybody else's.
-TMPFS_SOURCE = "nydusd"
+logger = logging.getLogger(__name__)
+
+# Tells our tmpfs and our overlays from anybody else's.
+MOUNT_SOURCE = "nydusd"
 _TMPFS_SIZE = "1m"
 
 
@@ -45,34 +65,44 @@ class PlainMount:
         raise MountBusy("mount is busy", errno.EBUSY, path=self.mountpoint)
 
 
+def create_tmpfs() -> int:
+    """Create a small tmpfs that is attached nowhere; the caller owns it. Raises `OSError`."""
+    with ExitStack() as stack:
+        context = kernel.fsopen("tmpfs")
+        stack.callback(os.close, context)
+        kernel.fsconfig_string(context, "source", MOUNT_SOURCE)
+        kernel.fsconfig_string(context, "mode", "0755")
+        kernel.fsconfig_string(context, "size", _TMPFS_SIZE)
+        kernel.fsconfig_create(context)
+        return kernel.fsmount(context, 0)
+
+
 def mount_tmpfs(mountpoint: Path) -> PlainMount:
     """Mount a small tmpfs that only holds directories; raise `MountError`."""
-    with ExitStack() as stack:
+    try:
+        mount = create_tmpfs()
         try:
-            context = kernel.fsopen("tmpfs")
-            stack.callback(os.close, context)
-            kernel.fsconfig_string(context, "source", TMPFS_SOURCE)
-            kernel.fsconfig_string(context, "mode", "0755")
-            kernel.fsconfig_string(context, "size", _TMPFS_SIZE)
-            kernel.fsconfig_create(context)
-            mount = kernel.fsmount(context, 0)
-            stack.callback(os.close, mount)
             kernel.move_mount(mount, mountpoint)
-        except OSError as error:
-            raise MountError(
-                f"cannot mount a tmpfs: {error.strerror}", error.errno or errno.EIO,
-                path=mountpoint,
-            ) from error  # fmt: skip
+        finally:
+            os.close(mount)
+    except OSError as error:
+        raise MountError(
+            f"cannot mount a tmpfs: {error.strerror}", error.errno or errno.EIO, path=mountpoint
+        ) from error
     return PlainMount(mountpoint)
 
 
-def mount_bind(source: Path, mountpoint: Path) -> PlainMount:
-    """Bind a directory; raise `MountError`."""
+def mount_bind(source: Path, mountpoint: Path, *, read_only: bool = False) -> PlainMount:
+    """Bind a directory; raise `MountError`.
+
+    What is mounted on it later does not appear at the source.
+    """
     try:
         if not stat.S_ISDIR(source.stat().st_mode):
             raise MountError("not a directory", errno.ENOTDIR, path=source)
         mount = kernel.open_tree(source)
         try:
+            kernel.make_private(mount, kernel.MOUNT_ATTR_RDONLY if read_only else 0)
             kernel.move_mount(mount, mountpoint)
         finally:
             os.close(mount)
@@ -83,6 +113,18 @@ def mount_bind(source: Path, mountpoint: Path) -> PlainMount:
     return PlainMount(mountpoint)
 
 
+def umount_fd(mount: int) -> None:
+    """Detach the very mount of a descriptor, with all that is mounted on it; raise `OSError`.
+
+    Covered ones, too. Nothing happens when it is attached nowhere.
+    """
+    try:
+        kernel.umount(Path(f"/proc/self/fd/{mount}"), kernel.MNT_DETACH)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+
+
 class Mounted(NamedTuple):
     """What is mounted at a place: type of the file system, and the source it was given."""
 
@@ -90,16 +132,87 @@ class Mounted(NamedTuple):
     source: str
 
 
-def mounted_at(path: Path) -> Mounted | None:
-    """Return what is on top of the mounts right at a path, from mountinfo; None for no mount."""
-    target = os.fsencode(os.path.realpath(path))
-    found = None
+class _Line(NamedTuple):
+    id: bytes
+    parent: bytes
+    mountpoint: bytes
+    device: int
+    mounted: Mounted
+
+
+def _mountinfo() -> Iterator[_Line]:
     for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
         head, _, tail = line.partition(b" - ")
-        if _unescape(head.split()[4]) == target:
-            kind, source = tail.split()[:2]
-            found = Mounted(os.fsdecode(kind), os.fsdecode(_unescape(source)))
-    return found
+        fields, (kind, source) = head.split(), tail.split()[:2]
+        mounted = Mounted(os.fsdecode(kind), os.fsdecode(_unescape(source)))
+        device = os.makedev(*map(int, fields[2].split(b":")))
+        yield _Line(fields[0], fields[1], _unescape(fields[4]), device, mounted)
+
+
+def _top_line(path: Path) -> _Line | None:
+    target = os.fsencode(os.path.realpath(path))
+    here = {line.id: line for line in _mountinfo() if line.mountpoint == target}
+    # Nothing at this place has the top one as its parent; mounts beneath may come later.
+    parents = {line.parent for line in here.values()}
+    return next((line for line in here.values() if line.id not in parents), None)
+
+
+def mounted_at(path: Path) -> Mounted | None:
+    """Return what is on top of the mounts right at a path, from mountinfo; None for no mount."""
+    line = _top_line(path)
+    return line.mounted if line else None
+
+
+def device_at(path: Path) -> int | None:
+    """Return `st_dev` of what is on top right at a path, without asking it; None for no mount.
+
+    Of file systems that give one number to all their files.
+    """
+    line = _top_line(path)
+    return line.device if line else None
+
+
+def is_our_overlay(path: Path) -> bool:
+    """Whether an overlay of ours, or of a daemon that is gone, is on top at a path."""
+    return mounted_at(path) == Mounted("overlay", MOUNT_SOURCE)
+
+
+def clear_leftover(top: Path, source: Path | None) -> None:
+    """Take away the mounts of a daemon that died: their holes read as zeros (spec ondemand 5.10).
+
+    Only our own kinds of tmpfs and overlay, and EROFS of the very file that comes now; what
+    anybody else has mounted there stays below. Raises `MountError`.
+    """
+    while (found := mounted_at(top)) is not None:
+        if found.kind in ("tmpfs", "overlay"):
+            ours = found.source == MOUNT_SOURCE
+        else:
+            wanted = os.path.realpath(source) if source is not None else None
+            ours = found.kind == "erofs" and os.path.realpath(found.source) == wanted
+        if not ours:
+            return
+        logger.error(
+            "%s is still mounted by a daemon that is gone: programs that used it since"
+            " may have read zeros and have to be restarted; it is unmounted now",
+            top,
+        )
+        PlainMount(top).unmount()
+
+
+def mounted_below(path: Path) -> list[tuple[bytes, ...]]:
+    """Return the places of mounts on the top mount at a path, as names below the path.
+
+    What is mounted on those in turn is not among them.
+    """
+    top = _top_line(path)
+    if top is None:
+        return []
+    prefix = top.mountpoint.rstrip(b"/") + b"/"
+    return [
+        tuple(line.mountpoint.removeprefix(prefix).split(b"/"))
+        for line in _mountinfo()
+        if line.parent == top.id and line.mountpoint.startswith(prefix)
+    ]
 
 
 def _unescape(field: bytes) -> bytes:

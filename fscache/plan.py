@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from erofs import Bootstrap, CorruptStructure, NydusError, error_context, open_bootstrap
-from erofs.rafs import BlobEntry, ChunkInfo
+from erofs.inlined import blob_ids
+from erofs.rafs import BlobEntry, BlobFeatures, ChunkInfo
+from erofs.view import align_down
 
 __all__ = ["BlobPlan", "ImagePlan", "PlanError", "read_plan"]
 
@@ -26,14 +28,19 @@ class BlobPlan:
 
 @dataclass(frozen=True, slots=True)
 class ImagePlan:
-    """The blobs in device order, and (blob number, chunk index) of what to prefetch, in order."""
+    """The blobs in device order, and the size of the image's blocks in bytes."""
 
     blobs: list[BlobPlan]
-    listed: list[tuple[int, int]]
+    block_size: int
 
 
-def read_plan(path: Path) -> ImagePlan:
-    """Read what a bootstrap says about its blobs and about prefetch.
+def read_plan(path: Path, named: Path | None = None) -> ImagePlan:
+    """Read what a bootstrap says about its blobs.
+
+    Args:
+        path: of the bootstrap.
+        named: the file that it came from, if not `path`; a bootstrap that was made inside of
+            its blob takes the blob's id from there.
 
     Raises:
         FormatError: broken, or device table and blob table contradict each other.
@@ -48,38 +55,28 @@ def read_plan(path: Path) -> ImagePlan:
         chunks: list[list[ChunkInfo]] = [[] for _ in image.blobs]
         for info in image.chunk_infos:
             chunks[info.blob_index].append(info)
-        blobs = [BlobPlan(*pair) for pair in zip(image.blobs, chunks, strict=True)]
-        return ImagePlan(blobs, list(dict.fromkeys(_listed_chunks(image))))
-
-
-def _listed_chunks(image: Bootstrap) -> Iterator[tuple[int, int]]:
-    """Yield the chunks of the files that the prefetch table names or has below it."""
-    if image.superblock.root_nid in image.prefetch_nids:
-        # All of it; the order is that of the blobs.
-        return
-    seen: set[int] = set()
-    stack = list(reversed(image.prefetch_nids))
-    while stack:
-        nid = stack.pop()
-        if nid in seen:
-            continue
-        seen.add(nid)
-        inode = image.inode(nid)
-        if inode.is_dir:
-            names = [entry for entry in inode.entries() if entry.name not in (b".", b"..")]
-            stack.extend(entry.nid for entry in reversed(names))
-        elif inode.is_regular:
-            yield from ((info.blob_index, info.chunk_index) for info in image.file_chunks(inode))
+        ids = blob_ids(image, named or path)
+        return ImagePlan(
+            [
+                BlobPlan(entry._replace(blob_id=name.encode("ascii", "backslashreplace")), infos)
+                for entry, name, infos in zip(image.blobs, ids, chunks, strict=True)
+            ],
+            image.block_size,
+        )
 
 
 def _check_devices(image: Bootstrap) -> None:
     """Refuse sizes that differ: the kernel goes by the one table, the cache by the other."""
     for entry, slot in zip(image.blobs, image.devices, strict=True):
-        if slot.blocks * image.block_size != entry.uncompressed_size:
+        expected = entry.uncompressed_size
+        if entry.features & BlobFeatures.IS_CHUNKDICT_GENERATED:
+            # A sum of sizes; the blob itself says how large it is (`fscache.dictionary`).
+            expected = align_down(expected, image.block_size)
+        if slot.blocks * image.block_size != expected:
             raise CorruptStructure(
                 "device slot and blob table differ in size",
                 blob=entry.id,
-                expected=entry.uncompressed_size,
+                expected=expected,
                 got=slot.blocks * image.block_size,
             )
         if slot.tag.rstrip(b"\0") != entry.blob_id:

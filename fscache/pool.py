@@ -11,11 +11,14 @@ __all__ = ["WorkerPool"]
 
 Task = Callable[[], None]
 
+_BACKGROUND = object()
+
 
 class WorkerPool:
     """Runs tasks in `workers` daemon threads, at most `per_key` at once for one key.
 
-    Keys take turns; tasks of one key start in order. Tasks must not raise.
+    Keys take turns; tasks of one key start in order. Tasks must not raise. Background tasks
+    have no key: one starts when nothing else can.
     """
 
     def __init__(self, workers: int, per_key: int, name: str) -> None:
@@ -23,10 +26,15 @@ class WorkerPool:
         self._per_key = per_key
         self._queues: dict[Hashable, deque[Task]] = {}
         self._turns: deque[Hashable] = deque()
+        self._background: deque[Task] = deque()
         self._running: Counter[Hashable] = Counter()
         self._closed = False
+        # Since when each worker has been at its task; 0 for one that waits.
+        self._since = [0.0] * workers
         self._threads = [
-            threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True)
+            threading.Thread(
+                target=self._work, args=(number,), name=f"{name}-{number}", daemon=True
+            )
             for number in range(workers)
         ]
         for thread in self._threads:
@@ -45,12 +53,30 @@ class WorkerPool:
             self._condition.notify()
             return True
 
+    def submit_background(self, task: Task) -> bool:
+        """Queue a task behind all others; return False, and drop it, after `close`."""
+        with self._condition:
+            if self._closed:
+                return False
+            self._background.append(task)
+            self._condition.notify()
+            return True
+
+    def is_stuck(self, seconds: float) -> bool:
+        """Return whether every worker has ended, or been at one task for longer than that."""
+        limit = time.monotonic() - seconds
+        return all(
+            not thread.is_alive() or 0 < since < limit
+            for thread, since in zip(self._threads, self._since, strict=True)
+        )
+
     def close(self, timeout: float) -> None:
         """Drop queued tasks and wait at most `timeout` seconds for the running ones."""
         with self._condition:
             self._closed = True
             self._queues.clear()
             self._turns.clear()
+            self._background.clear()
             self._condition.notify_all()
         end = time.monotonic() + timeout
         for thread in self._threads:
@@ -71,6 +97,9 @@ class WorkerPool:
                 del self._queues[key]
             self._running[key] += 1
             return key, task
+        if self._background:
+            self._running[_BACKGROUND] += 1
+            return _BACKGROUND, self._background.popleft()
         return None
 
     def _done(self, key: Hashable) -> None:
@@ -80,7 +109,7 @@ class WorkerPool:
             del self._running[key]
         self._condition.notify()
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
         while True:
             with self._condition:
                 found = self._take()
@@ -90,10 +119,12 @@ class WorkerPool:
                     self._condition.wait()
                     found = self._take()
             key, task = found
+            self._since[number] = time.monotonic()
             try:
                 task()
             finally:
                 # Nothing of a finished task is kept while this thread waits.
                 del found, task
+                self._since[number] = 0.0
                 with self._condition:
                     self._done(key)

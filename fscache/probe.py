@@ -25,12 +25,18 @@ from fscache.mount import create_mount
 from fscache.probe_image import BLOB_SIZE, FILE_NAME, build_probe_image
 from fscache.store import ServeDirectory
 
-__all__ = ["Finding", "ProbeError", "lazy_supported", "probe"]
+__all__ = ["Finding", "ProbeError", "filesystem_type", "lazy_supported", "probe"]
 
 _PAGE = 4096
 _HOLE_OFFSET = 64 * _PAGE
 _TIMEOUT_SECONDS = 10.0
 _BLOB_ID = "probe"
+_WORKS = {
+    "erofs": "the kernel has erofs",
+    "privilege": "CAP_SYS_ADMIN",
+    "file-backed": "EROFS mounts from files",
+    "fanotify": "fanotify pre-content marks",
+}
 
 
 class ProbeError(NydusError):
@@ -45,7 +51,7 @@ class Finding(NamedTuple):
     detail: str
 
 
-def _filesystem_type(path: Path) -> str:
+def filesystem_type(path: Path) -> str:
     """Return the type of the file system that holds `path`, from mountinfo."""
     target = os.path.realpath(path)
     best, kind = "", "unknown"
@@ -77,7 +83,7 @@ def _try_erofs(_: Path) -> str:
         known = Path("/proc/filesystems").read_text().split()
         if error.errno != errno.EPERM or "erofs" not in known:
             raise ProbeError(f"the kernel has no erofs (CONFIG_EROFS_FS): {error}") from error
-    return "the kernel has erofs"
+    return _WORKS["erofs"]
 
 
 def _try_privilege(_: Path) -> str:
@@ -86,13 +92,13 @@ def _try_privilege(_: Path) -> str:
     except ChannelError as error:
         if error.errno == errno.EPERM:
             raise ProbeError("root (CAP_SYS_ADMIN) is needed") from error
-    return "CAP_SYS_ADMIN"
+    return _WORKS["privilege"]
 
 
 def _try_file_backed(work_dir: Path) -> str:
     with _workspace(work_dir) as directory:
         os.close(create_mount(directory / "image", [directory / "data"]))
-    return f"EROFS mounts from files on {_filesystem_type(work_dir)}"
+    return _WORKS["file-backed"]
 
 
 def _try_mark(work_dir: Path) -> str:
@@ -103,7 +109,7 @@ def _try_mark(work_dir: Path) -> str:
         try:
             kernel.fanotify_mark(group, kernel.FAN_MARK_ADD, kernel.FAN_PRE_ACCESS, path)
         except OSError as error:
-            kind = _filesystem_type(work_dir)
+            kind = filesystem_type(work_dir)
             if error.errno == errno.EOPNOTSUPP:
                 raise ProbeError(
                     f"the cache directory is on {kind}, which takes no pre-content marks:"
@@ -116,7 +122,7 @@ def _try_mark(work_dir: Path) -> str:
                     f" this is {os.uname().release}"
                 ) from error
             raise
-    return "fanotify pre-content marks"
+    return _WORKS["fanotify"]
 
 
 def _content(offset: int, length: int) -> bytes:
@@ -207,19 +213,21 @@ def probe(work_dir: Path) -> list[Finding]:
     """Try what serving from `work_dir` needs; takes some milliseconds, never hangs.
 
     The findings are, in order: `erofs`, `privilege`, `file-backed`, `fanotify` and
-    `self-test`; the last one is tried when the others are there.
+    `self-test`; the last one counts when the others are there.
     """
+    tested = _find("self-test", _self_test, work_dir)
+    if tested.ok:
+        # It takes all the others: to try each of them would only cost time.
+        return [*(Finding(name, True, detail) for name, detail in _WORKS.items()), tested]
     findings = [
         _find("erofs", _try_erofs, work_dir),
         _find("privilege", _try_privilege, work_dir),
         _find("file-backed", _try_file_backed, work_dir),
         _find("fanotify", _try_mark, work_dir),
     ]
-    if all(finding.ok for finding in findings):
-        findings.append(_find("self-test", _self_test, work_dir))
-    else:
-        findings.append(Finding("self-test", False, "not tried, since something is missing"))
-    return findings
+    if not all(finding.ok for finding in findings):
+        tested = Finding("self-test", False, "something that it takes is missing")
+    return [*findings, tested]
 
 
 def lazy_supported(findings: Sequence[Finding]) -> Finding:

@@ -12,10 +12,16 @@ import time
 from pathlib import Path
 
 from erofs.errors import NydusError
+from fscache.backend.settings import Credentials
 from fscache.config import DaemonConfig
 from fscache.domain import CacheDomain
+from fscache.domains import open_domain
 from fscache.fetcher import Fetcher
+from fscache.holder.link import HeldDomain, HolderError, HolderLink
 from fscache.image import ImageOptions, ServedImage
+from fscache.record import ImageRecord
+from fscache.sharing import Domain, LazyUnsupported
+from fscache.transport import Transport, candidates
 
 __all__ = ["Runtime"]
 
@@ -27,12 +33,17 @@ _TELL_SECONDS = 10.0
 
 
 class Runtime:
-    """Owner of the fetcher, of the cache domains, and of images that are mounted or leaving."""
+    """Owner of the fetcher, of the cache domains, and of images that are mounted or leaving.
 
-    def __init__(self) -> None:
+    Args:
+        link: the holder that keeps what a successor needs, if there is one; not owned.
+    """
+
+    def __init__(self, link: HolderLink | None = None) -> None:
+        self._link = link
         self._fetcher = Fetcher()
         self._lock = threading.Lock()
-        self._domains: dict[Path, CacheDomain] = {}
+        self._domains: dict[tuple[Path, Transport], Domain] = {}
         self._images: list[ServedImage] = []
         self._leaving: list[ServedImage] = []
         self._stop = threading.Event()
@@ -45,31 +56,135 @@ class Runtime:
         bootstrap: Path,
         mountpoint: Path,
         options: ImageOptions,
-        *,
-        eager: bool = False,
+        transport: Transport = Transport.AUTO,
     ) -> ServedImage:
         """Mount an image and serve it; raise `NydusError`, then nothing of it is left."""
+        # Before it is opened: this very process would have to answer the events.
+        for known in list(self._domains.values()):
+            known.require_unmarked(bootstrap)
         image = ServedImage(config, bootstrap, mountpoint)
-        if eager:
-            image.mount_eagerly(self._fetcher, options)
-        else:
-            try:
-                domain = self._domain(config.work_dir)
-            except NydusError:
-                image.close()
-                raise
-            image.mount_lazily(domain, self._fetcher, options)
+        try:
+            domain = self._domain(config.work_dir, transport)
+        except NydusError:
+            image.close()
+            raise
+        try:
+            image.mount(domain, self._fetcher, options, self._keep)
+        except BaseException:
+            self._forget(image)
+            raise
         with self._lock:
             self._images.append(image)
         return image
 
-    def _domain(self, work_dir: Path) -> CacheDomain:
-        key = work_dir.absolute()
+    def _domain(self, work_dir: Path, asked: Transport) -> Domain:
+        """Return what serves a cache directory in the best way that works.
+
+        Raises:
+            LazyUnsupported: none of those asked for does.
+            NydusError: anything else.
+        """
+        place = work_dir.absolute()
+        missing = []
         with self._lock:
-            domain = self._domains.get(key)
-            if domain is None:
-                domain = self._domains[key] = CacheDomain(key, self._fetcher)
-            return domain
+            for transport in candidates(asked):
+                domain = self._domains.get((place, transport))
+                if domain is not None:
+                    return domain
+                try:
+                    domain = open_domain(transport, place, self._fetcher, self._link)
+                except LazyUnsupported as error:
+                    missing.append(str(error))
+                    continue
+                self._domains[place, transport] = domain
+                if missing:
+                    logger.info("transport %s for %s: %s", transport, place, "; ".join(missing))
+                return domain
+        raise LazyUnsupported(
+            f"lazy reading is not possible here: {'; '.join(missing)}"
+            " (--transport eager fetches everything first)"
+        )
+
+    def _keep(self, image: ServedImage) -> None:
+        if self._link is not None and image.is_kept:
+            self._link.keep(image.key, image.record.to_dict(), [image.bootstrap_fd])
+
+    def _forget(self, image: ServedImage) -> None:
+        if self._link is not None:
+            self._link.drop(image.key)
+
+    def set_credentials(self, image: ServedImage, credentials: Credentials) -> None:
+        """Use other credentials for an image from now on."""
+        image.set_credentials(credentials)
+        self._keep(image)
+
+    # Take-over
+
+    def inherit_domain(self, held: HeldDomain) -> None:
+        """Take over a work directory of a killed worker, before its images."""
+        domain = CacheDomain(held.work_dir, self._fetcher, self._link, held)
+        self._domains[held.work_dir, Transport.FANOTIFY] = domain
+
+    def _inherit_disks(self, place: Path) -> None:
+        """Serve the block devices of a work directory: the kernel, not the holder, has them."""
+        from fscache.nbd.domain import NbdDomain
+
+        if (place, Transport.NBD) not in self._domains:
+            self._domains[place, Transport.NBD] = NbdDomain(place, self._fetcher, held=True)
+
+    def adopt(self, image: ServedImage, record: ImageRecord, key: str) -> None:
+        """Take over an image of a killed worker; raise `NydusError`, then its reads fail."""
+        place = Path(record.work_dir)
+        if record.transport == Transport.NBD:
+            self._inherit_disks(place)
+        domain = self._domains.get((place, Transport(record.transport)))
+        if domain is None:
+            raise HolderError("the holder does not have this cache directory", path=place)
+        image.adopt(domain, record, key)
+        self._keep(image)
+        with self._lock:
+            (self._leaving if record.leaving else self._images).append(image)
+
+    def start_inherited(self) -> None:
+        """Begin to answer, when all images are adopted."""
+        for domain in self._domains.values():
+            domain.start()
+        with self._lock:
+            images = list(self._images)
+        for image in images:
+            image.begin_prefetch(self._fetcher)
+
+    def leave(self, seconds: float) -> None:
+        """Stop to take events and answer those that were taken; mounts stay, for a successor.
+
+        Those that nobody could go on with are unmounted.
+        """
+        with self._lock:
+            lost = [image for image in self._images if not image.is_kept]
+        for image in lost:
+            try:
+                self.unmount(image)
+            except NydusError as error:
+                logger.error("%s", error)
+        domains = list(self._domains.values())
+        for domain in domains:
+            domain.pause()
+        end = time.monotonic() + seconds
+        while any(domain.waiting for domain in domains) and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+        self._fetcher.close(CLOSE_SECONDS)
+
+    @property
+    def trouble(self) -> str:
+        """What no longer works, for a watchdog; empty when reads are answered."""
+        troubles = [self._fetcher.trouble]
+        troubles += [domain.trouble for domain in list(self._domains.values())]
+        return next(filter(None, troubles), "")
+
+    @property
+    def waiting(self) -> int:
+        """How many reads of the kernel wait for their answers."""
+        return sum(domain.waiting for domain in list(self._domains.values()))
 
     def unmount(self, image: ServedImage) -> None:
         """Take an image out of the tree and let go of it when its last user is gone.
@@ -81,6 +196,7 @@ class Runtime:
                 self._images.remove(image)
                 self._leaving.append(image)
         image.unmount()
+        self._keep(image)
         self._reap()
 
     def _reap(self) -> bool:
@@ -95,6 +211,7 @@ class Runtime:
             except NydusError as error:
                 # Nobody reads from it any more, and the others have to be looked after.
                 logger.error("%s is not closed properly: %s", image.mountpoint, error)
+            self._forget(image)
         return left
 
     def _reap_loop(self) -> None:

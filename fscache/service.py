@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
-from collections.abc import Callable
 
 from erofs.errors import NydusError
 from fscache.cachedblob import CachedBlob
 from fscache.channel import ReadRequest, Reply
+from fscache.demand import Demand
 from fscache.fetcher import Fetcher
 
 __all__ = ["Service"]
 
-logger = logging.getLogger(__name__)
 
-_TELL_SECONDS = 10.0
-_TOLD_MAX = 1000
+class _Together:
+    """An answer that is given when several fetches have ended."""
+
+    def __init__(self, reply: Reply, count: int) -> None:
+        self._reply = reply
+        self._lock = threading.Lock()
+        self._missing = count
+
+    def done(self, error: NydusError | None) -> None:
+        with self._lock:
+            self._missing -= 1
+            last = self._missing == 0
+        if error is not None:
+            self._reply.deny(error)
+        elif last:
+            self._reply.allow()
 
 
 class Service:
@@ -28,9 +39,8 @@ class Service:
 
     def __init__(self, fetcher: Fetcher) -> None:
         self._fetcher = fetcher
+        self._demand = Demand(fetcher)
         self._blobs: dict[tuple[int, int], CachedBlob] = {}
-        self._lock = threading.Lock()
-        self._told: dict[tuple[int, str], float] = {}
 
     def add(self, blob: CachedBlob) -> None:
         """Serve a blob from now on."""
@@ -45,33 +55,29 @@ class Service:
         blob = self._blobs.get((request.device, request.inode))
         if blob is None:
             # A hole of a file that nobody fills would be read as zeros.
-            self._tell("denied a read of a file that is not of a served image", request.inode)
+            text = "denied a read of a file that is not of a served image"
+            self._demand.complaints.tell(request.inode, text)
             reply.deny("not a file of a served image")
             return
-        self._fetcher.request(blob, request.offset, request.length, self._answer(blob, reply))
-
-    def _answer(self, blob: CachedBlob, reply: Reply) -> Callable[[NydusError | None], None]:
-        begin = time.monotonic()
 
         def done(error: NydusError | None) -> None:
-            seconds = time.monotonic() - begin
-            blob.metrics.reads.count(reply.request.length, seconds, failed=error is not None)
             if error is None:
                 reply.allow()
             else:
-                self._tell(str(error), reply.request.inode)
                 reply.deny(error)
 
-        return done
+        self._demand.request(blob, request.offset, request.length, done)
 
-    def _tell(self, text: str, inode: int) -> None:
-        """Log why reads fail, the same reason of the same file once in a while only."""
-        now = time.monotonic()
-        key = (inode, text)
-        with self._lock:
-            if now - self._told.get(key, -_TELL_SECONDS) < _TELL_SECONDS:
-                return
-            if len(self._told) >= _TOLD_MAX:
-                self._told.clear()
-            self._told[key] = now
-        logger.warning("reads fail: %s", text)
+    def handle_anywhere(self, request: ReadRequest, reply: Reply) -> None:
+        """Answer a request whose file is not known: its range is made ready in every blob."""
+        wanted = []
+        for blob in list(self._blobs.values()):
+            length = min(request.length, blob.cache.size - request.offset)
+            if request.offset >= 0 and length > 0:
+                wanted.append((blob, length))
+        if not wanted:
+            reply.deny("not within a file of a served image")
+            return
+        together = _Together(reply, len(wanted))
+        for blob, length in wanted:
+            self._fetcher.request(blob, request.offset, length, together.done)

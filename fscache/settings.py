@@ -120,6 +120,9 @@ class DaemonConfig:
         rafs: how the file system behaves.
         overlay: of a writable mount.
         external_backends: of files outside of the image.
+        prefetch_files: what to fetch first in place of the bootstrap's table, as absolute paths;
+            given with the mount, not in a configuration file.
+        text: what all this was decoded from, for a successor of a killed daemon.
     """
 
     backend: BackendConfig
@@ -129,3 +132,5 @@ class DaemonConfig:
     rafs: RafsConfig = RafsConfig()
     overlay: OverlayConfig | None = None
     external_backends: tuple[ExternalBackend, ...] = ()
+    prefetch_files: tuple[bytes, ...] | None = None
+    text: str = field(default="", repr=False, compare=False)

@@ -8,24 +8,31 @@ daemons that share data files do not ask each other.
 
 A lock on the open directory tells that its daemon lives; the lock moves with a copy of
 the descriptor and ends with its last one.
+
+Beside each such directory `<name>.mounts` lists the file systems that read through it, for
+the case that daemon and holder are killed both: whoever comes next then knows which of them
+are without a listener, and has served zeros for holes (spec ondemand 5.10).
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import secrets
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 from erofs.errors import NydusError
 
-__all__ = ["ServeDirectory", "StoreError", "remove_stale"]
+__all__ = ["Orphan", "ServeDirectory", "StoreError", "take_stale"]
 
 _log = logging.getLogger(__name__)
 
 _PREFIX = "serve-"
+_MOUNTS_SUFFIX = ".mounts"
 _ATTEMPTS = 100
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -122,6 +129,28 @@ class ServeDirectory:
             raise _store_error(f"cannot link {data_file}", error, path) from error
         return path
 
+    def restore(self, blob_id: str, data_file: Path) -> None:
+        """Give a linked data file its name back, if it was deleted while it is served.
+
+        Raises:
+            StoreError: not linked.
+        """
+        try:
+            os.link(self.path(blob_id), data_file, follow_symlinks=False)
+        except (FileExistsError, FileNotFoundError):
+            return
+        except OSError as error:
+            raise _store_error("cannot restore the data file", error, data_file) from error
+
+    def note_mount(self, name: str, mountpoint: Path) -> None:
+        """Write down a file system that is about to be mounted from here."""
+        line = {"boot": _boot_id(), "erofs": name, "mountpoint": str(mountpoint)}
+        try:
+            with _mounts_file(self.directory).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise _store_error("cannot note a mount", error, self.directory) from error
+
     def unlink(self, blob_id: str) -> None:
         """Remove a blob's link, after its last mount is gone; fine when there is none."""
         path = self.path(blob_id)
@@ -137,6 +166,7 @@ class ServeDirectory:
         fd, self.fd = self.fd, -1
         try:
             _empty(fd, self.directory)
+            _mounts_file(self.directory).unlink(missing_ok=True)
         except OSError as error:
             raise _store_error(
                 "cannot remove the serve directory", error, self.directory
@@ -145,23 +175,72 @@ class ServeDirectory:
             os.close(fd)
 
 
-def remove_stale(work_dir: Path) -> list[Path]:
-    """Delete the serve directories whose daemon is gone and return them.
+def _mounts_file(directory: Path) -> Path:
+    return directory.with_name(directory.name + _MOUNTS_SUFFIX)
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A marked directory that nobody listens to; names and places of its file systems."""
+
+    store: ServeDirectory
+    mounts: dict[str, str]
+
+    @property
+    def alive(self) -> bool:
+        """Whether somebody may still read through it."""
+        return any(_is_alive(name) for name in self.mounts)
+
+
+def _is_alive(name: str) -> bool:
+    return "/" not in name and (Path("/sys/fs/erofs") / name).exists()
+
+
+def _living_mounts(directory: Path) -> dict[str, str]:
+    """Return names and mount points of the file systems of a directory that still exist."""
+    found: dict[str, str] = {}
+    try:
+        lines = _mounts_file(directory).read_text().splitlines()
+    except FileNotFoundError:
+        return found
+    boot = _boot_id()
+    for line in lines:
+        try:
+            noted = json.loads(line)
+            name, mountpoint = str(noted["erofs"]), str(noted["mountpoint"])
+            same_boot = noted["boot"] == boot
+        except (ValueError, KeyError, TypeError):
+            # The last line of a writer that was killed.
+            continue
+        if same_boot and _is_alive(name):
+            found[name] = mountpoint
+    return found
+
+
+def take_stale(work_dir: Path) -> list[Orphan]:
+    """Delete the serve directories whose daemon is gone; return those still in use, locked.
 
     The data files stay: only their links go. What cannot be deleted is logged and left.
     """
-    removed = []
+    orphans = []
     for path in sorted(work_dir.absolute().glob(_PREFIX + "*")):
+        if not path.is_dir():
+            continue
         try:
             fd = _lock(path)
             if fd is None:
                 continue
-            try:
-                _empty(fd, path)
-            finally:
-                os.close(fd)
-        except OSError as error:
+            store = ServeDirectory(path, fd)
+            mounts = _living_mounts(path)
+            if mounts:
+                orphans.append(Orphan(store, mounts))
+            else:
+                store.remove()
+                _log.info("removed %s of a daemon that is gone", path)
+        except (OSError, StoreError) as error:
             _log.warning("stale serve directory stays: %s", error)
-            continue
-        removed.append(path)
-    return removed
+    return orphans

@@ -9,16 +9,18 @@ import errno
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol, Self, runtime_checkable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 from erofs.errors import NydusError
 from fscache.backend.settings import Credentials
 
 __all__ = [
+    "LATENCY_CLASSES",
     "AuthError",
     "Backend",
+    "BackendCounts",
     "BackendError",
     "BackendMetrics",
     "BlobReader",
@@ -31,9 +33,10 @@ __all__ = [
 
 MAX_BLOB_ID_BYTES = 255
 
-# Upper ends of the classes in bytes and milliseconds; the eighth class has none (tools 8.1, 8.2).
+# Upper ends of the classes in bytes and milliseconds, of whole ones; the eighth class has none
+# (tools 8.1, 8.2).
 _SIZE_CLASSES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20)
-_LATENCY_CLASSES = (1, 20, 50, 100, 500, 1000, 2000)
+LATENCY_CLASSES = (1, 20, 50, 100, 500, 1000, 2000)
 
 
 class BackendError(NydusError):
@@ -114,6 +117,15 @@ class BlobReader(Protocol):
         takes is bounded by the backend. Raises `BackendError`.
         """
 
+    def stream(self, offset: int) -> AbstractContextManager[Iterator[bytes]]:
+        """Open one request for everything from `offset` on; its bytes come piece by piece.
+
+        From 0 it is a request without a range: a peer-to-peer proxy takes the blob in whole.
+        One attempt, ended with the block, however much was taken. The wait for a piece is
+        bounded by the backend, the whole is not. Raises `BackendError`, at the start and
+        with every piece; a body that ends before its announced length is a `ShortRead`.
+        """
+
 
 class Backend(Protocol):
     """A place that holds blobs."""
@@ -140,6 +152,17 @@ class TakesCredentials(Protocol):
         """Use other credentials for all requests made afterwards."""
 
 
+class BackendCounts(NamedTuple):
+    """A copy of `BackendMetrics`; `seconds` and `latencies` are of reads that succeeded."""
+
+    type: str
+    reads: int
+    errors: int
+    bytes_read: int
+    seconds: float
+    latencies: tuple[int, ...]
+
+
 class BackendMetrics:
     """Counters of one backend in nydusd's shape (tools 8.2); safe to use from many threads."""
 
@@ -147,6 +170,7 @@ class BackendMetrics:
         self._lock = threading.Lock()
         self._type = backend_type
         self._count = self._errors = self._amount = 0
+        self._seconds = 0.0
         self._millis_by_size = [0] * 8
         self._count_by_size = [0] * 8
         self._by_size_and_latency = [[0] * 8 for _ in range(8)]
@@ -154,23 +178,46 @@ class BackendMetrics:
     @contextmanager
     def measure(self, length: int) -> Iterator[None]:
         """Count the block as one read of `length` bytes, failed when it raises."""
+        with self.measure_pieces() as add:
+            yield
+            add(length)
+
+    @contextmanager
+    def measure_pieces(self) -> Iterator[Callable[[int], None]]:
+        """Count the block as one read of as many bytes as it adds, failed when it raises."""
+        length = 0
+
+        def add(piece: int) -> None:
+            nonlocal length
+            length += piece
+
         begin = time.monotonic()
         try:
-            yield
+            yield add
         except BaseException:
             with self._lock:
                 self._count += 1
                 self._errors += 1
             raise
-        millis = int((time.monotonic() - begin) * 1000)
+        seconds = time.monotonic() - begin
+        millis = int(seconds * 1000)
         size_class = bisect_left(_SIZE_CLASSES, length)
-        latency_class = bisect_left(_LATENCY_CLASSES, millis)
+        latency_class = bisect_left(LATENCY_CLASSES, millis)
         with self._lock:
             self._count += 1
             self._amount += length
+            self._seconds += seconds
             self._millis_by_size[size_class] += millis
             self._count_by_size[size_class] += 1
             self._by_size_and_latency[size_class][latency_class] += 1
+
+    def counts(self) -> BackendCounts:
+        """Return a consistent copy."""
+        with self._lock:
+            latencies = tuple(map(sum, zip(*self._by_size_and_latency, strict=True)))
+            return BackendCounts(
+                self._type, self._count, self._errors, self._amount, self._seconds, latencies
+            )
 
     def as_dict(self) -> dict[str, object]:
         """Return a consistent copy under the names of the API."""

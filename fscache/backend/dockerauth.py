@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,6 +93,9 @@ def _ask_helper(name: str, key: str) -> Credentials | None:
     if not _HELPER.fullmatch(name):
         logger.warning("refused name of a Docker credential helper")
         return None
+    # Imported here: few configurations name a helper, and it takes 5 ms of every start.
+    import subprocess
+
     program = f"docker-credential-{name}"
     try:
         done = subprocess.run(

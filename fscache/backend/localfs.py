@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from fscache.backend.base import (
 from fscache.backend.settings import LocalFsConfig
 
 __all__ = ["LocalFsBackend", "LocalFsReader"]
+
+_PIECE_BYTES = 1 << 18
 
 
 class LocalFsReader:
@@ -83,6 +85,28 @@ class LocalFsReader:
                     f"cannot read ({error.strerror})", path=path, blob=self.blob_id, offset=offset
                 ) from error
             return data
+
+    @contextmanager
+    def stream(self, offset: int) -> Iterator[Iterator[bytes]]:
+        """Open the file for reading from `offset` to its end; raise `BackendError`."""
+        with self._metrics.measure_pieces() as add, self._open() as (fd, path):
+            yield self._pieces(fd, path, offset, add)
+
+    def _pieces(
+        self, fd: int, path: Path, offset: int, add: Callable[[int], None]
+    ) -> Iterator[bytes]:
+        while True:
+            try:
+                piece = os.pread(fd, _PIECE_BYTES, offset)
+            except OSError as error:
+                raise BackendError(
+                    f"cannot read ({error.strerror})", path=path, blob=self.blob_id, offset=offset
+                ) from error
+            if not piece:
+                return
+            offset += len(piece)
+            add(len(piece))
+            yield piece
 
 
 class LocalFsBackend:

@@ -28,18 +28,13 @@ WITHOUT_EFFECT = (
     "enable_encryption",
     "enable_convergent_encryption",
     "encryption_key",
-    # The kernel parses the metadata, reads ahead and counts by itself.
+    # The kernel parses the metadata and reads ahead by itself.
     "mode",
     "amplify_io",
     "rafs.batch_size",
-    "iostats_files",
-    "access_pattern",
-    "latest_read_files",
-    # Prefetch asks for ranges; blob entries are read, but not served yet.
-    "stream_prefetch",
+    # Blob entries are read, but not served yet.
     "prefetch_config.enable",
-    # One image without a writable layer, all of its blobs from one backend.
-    "overlay",
+    # All blobs of an image come from one backend.
     "external_backends",
     # A plain HTTP proxy is used, Dragonfly's own protocol is not.
     "dragonfly_scheduler_endpoint",

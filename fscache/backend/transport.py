@@ -13,7 +13,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http.client import IncompleteRead
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -341,6 +341,23 @@ class Answer:
         self._done = True
         self._end(True)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the body, however long it is and takes; raise `BackendError`.
+
+        The wait for each piece is bounded by the time limit of the request.
+        """
+        size, length = 0, self.length()
+        while piece := self._read(PIECE_BYTES):
+            size += len(piece)
+            yield piece
+        if length is not None and size < length:
+            self._end(False)
+            raise ShortRead(
+                "body ends too early", temporary=True, expected=f"{length} bytes", got=size
+            )
+        self._done = True
+        self._end(True)
 
     def read_all(self, limit: int, deadline: float) -> bytes:
         """Return a body of at most `limit` bytes; raise `BackendError`."""

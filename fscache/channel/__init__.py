@@ -8,7 +8,6 @@ business. Only channels touch kernel event descriptors.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -35,36 +34,32 @@ class ReadRequest(NamedTuple):
 class Responder(Protocol):
     """The channel's side of an answer."""
 
-    def respond(self, fd: int, allow: bool) -> bool:
-        """Answer the event with descriptor `fd`; return whether it was still waiting."""
+    def respond(self, key: int, allow: bool) -> bool:
+        """Answer the event that has this key and let go of it; return whether it still waited."""
 
 
 class Reply:
     """The right, and the duty, to answer one event of the kernel exactly once.
 
-    It owns the event's descriptor and closes it after the answer. A reply that is closed
-    or dropped without an answer denies: a reader never waits for nobody, and never reads
-    bytes that nobody put there. The first answer counts, from whichever thread; later
-    ones do nothing.
+    A reply that is closed or dropped without an answer denies: a reader never waits for
+    nobody, and never reads bytes that nobody put there. The first answer counts, from
+    whichever thread; later ones do nothing.
     """
 
-    # A list, since its `pop` is atomic: one thread alone gets the descriptor.
+    # A list, since its `pop` is atomic: one thread alone gets the key.
     __slots__ = ("_owned", "_responder", "request")
 
-    def __init__(self, responder: Responder, fd: int, request: ReadRequest) -> None:
-        self._owned = [fd]
+    def __init__(self, responder: Responder, key: int, request: ReadRequest) -> None:
+        self._owned = [key]
         self._responder = responder
         self.request = request
 
     def _answer(self, allow: bool) -> bool:
         try:
-            fd = self._owned.pop()
+            key = self._owned.pop()
         except IndexError:
             return False
-        try:
-            return self._responder.respond(fd, allow)
-        finally:
-            os.close(fd)
+        return self._responder.respond(key, allow)
 
     def allow(self) -> bool:
         """Let the read go on: the whole range has its bytes. Return whether this answered."""

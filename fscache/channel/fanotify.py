@@ -26,9 +26,12 @@ from pathlib import Path
 from erofs.errors import NydusError
 from fscache import kernel
 from fscache.channel import ChannelError, Handler, ReadRequest, Reply
-from fscache.protocol import Event, KernelMessageError, pack_response, parse_events
+from fscache.channel.group import Group, GroupFull, Inherited
+from fscache.heartbeat import BEAT_SECONDS, Heartbeat
+from fscache.holder.journal import Journal
+from fscache.protocol import Event, KernelMessageError
 
-__all__ = ["FanotifyChannel", "Group", "open_group"]
+__all__ = ["FanotifyChannel", "open_group"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +44,6 @@ _GROUP_FLAGS = (
 )
 # 64-bit kernels add O_LARGEFILE themselves (`force_o_largefile`), and no other is supported.
 _EVENT_FLAGS = os.O_RDWR | os.O_CLOEXEC
-_READ_BYTES = 4096
 _FAILURE_PAUSE_MS = 20
 
 _HINTS = {
@@ -60,63 +62,6 @@ def _channel_error(error: OSError, path: Path | None) -> ChannelError:
     return failure
 
 
-class Group:
-    """Owner of a fanotify group descriptor and of the list of events that wait for answers.
-
-    Args:
-        fd: the descriptor, owned from now on.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self._lock = threading.Lock()
-        self._waiting: set[int] = set()
-
-    def take(self, fd: int) -> None:
-        """Note that the event with descriptor `fd` was read and waits for an answer."""
-        with self._lock:
-            self._waiting.add(fd)
-
-    def respond(self, fd: int, allow: bool) -> bool:
-        """Answer an event once; return False when it was answered before.
-
-        Raises nothing: there is nobody who could do more about a refused answer.
-        """
-        with self._lock:
-            if fd not in self._waiting:
-                return False
-            self._waiting.remove(fd)
-            try:
-                os.write(self.fd, pack_response(fd, allow))
-            except FileNotFoundError:
-                _log.debug("the reader of event %d was killed before its answer", fd)
-            except OSError as error:
-                _log.critical("answer to event %d refused, its reader waits: %s", fd, error)
-            return True
-
-    def close(self) -> None:
-        """Deny what still waits, then close the descriptor."""
-        with self._lock:
-            group, self.fd = self.fd, -1
-            if group < 0:
-                return
-            try:
-                for fd in self._waiting:
-                    _deny_quietly(group, fd)
-                if self._waiting:
-                    _log.error("%d reads denied: the channel closes", len(self._waiting))
-                self._waiting.clear()
-            finally:
-                os.close(group)
-
-
-def _deny_quietly(group: int, fd: int) -> None:
-    try:
-        os.write(group, pack_response(fd, allow=False))
-    except OSError as error:
-        _log.debug("no denial for event %d: %s", fd, error)
-
-
 def open_group() -> int:
     """Create a pre-content group, non-blocking; the caller owns the descriptor.
 
@@ -129,52 +74,95 @@ def open_group() -> int:
         raise _channel_error(error, None) from error
 
 
+def _mark(group: int, store: Path) -> None:
+    mode = store.stat().st_mode
+    if mode & 0o077:
+        raise ChannelError(
+            "others may read the store, and their reads would download",
+            path=store,
+            expected="mode 0700",
+            got=f"{mode & 0o7777:#o}",
+        )
+    mask = kernel.FAN_PRE_ACCESS | kernel.FAN_EVENT_ON_CHILD
+    try:
+        kernel.fanotify_mark(group, kernel.FAN_MARK_ADD, mask, store)
+    except OSError as error:
+        raise _channel_error(error, store) from error
+
+
 class FanotifyChannel:
     """Serve the reads of all files that EROFS opens through one marked directory.
 
-    Events flow as soon as the constructor returns; mount only then.
+    Events flow as soon as `start` returns; mount only then.
 
     Args:
         store: the directory to mark, of mode 0700; its files are hard links to the data.
         handler: called for each event, see `fscache.channel.Handler`.
         threads: number of intake threads; they only read events and call the handler.
+        inherited: group and journal of a killed worker, owned from now on; made when missing.
 
     Raises:
         ChannelError: the kernel, the file system or the privilege does not allow it.
     """
 
-    def __init__(self, store: Path, handler: Handler, threads: int = 2) -> None:
+    def __init__(
+        self,
+        store: Path,
+        handler: Handler,
+        threads: int = 2,
+        inherited: tuple[int, Journal] | None = None,
+    ) -> None:
         self._handler = handler
-        mode = store.stat().st_mode
-        if mode & 0o077:
-            raise ChannelError(
-                "others may read the store, and their reads would download",
-                path=store,
-                expected="mode 0700",
-                got=f"{mode & 0o7777:#o}",
-            )
-        self._group = Group(open_group())
+        self._group = Group(*(inherited or (open_group(), Journal.create())))
         try:
-            kernel.fanotify_mark(
-                self._group.fd,
-                kernel.FAN_MARK_ADD,
-                kernel.FAN_PRE_ACCESS | kernel.FAN_EVENT_ON_CHILD,
-                store,
-            )
+            _mark(self._group.fd, store)
             self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        except OSError as error:
+        except BaseException:
             self._group.close()
-            raise _channel_error(error, store) from error
+            raise
         self._threads = [
-            threading.Thread(target=self._run, name=f"fanotify-{number}", daemon=True)
+            threading.Thread(
+                target=self._run, args=(number,), name=f"fanotify-{number}", daemon=True
+            )
             for number in range(threads)
         ]
+        self._heartbeat = Heartbeat("intake of events", threads)
+        self._running = False
+        self._leaving = False
+
+    def start(self) -> None:
+        """Begin to take events."""
+        self._heartbeat = Heartbeat("intake of events", len(self._threads))
+        self._running = True
         for thread in self._threads:
             thread.start()
+
+    def inherit(self) -> list[Inherited]:
+        """Return what a killed worker left without an answer; before `start`, to be answered."""
+        return self._group.inherit()
+
+    def mark_too(self, store: Path) -> None:
+        """Serve the files of a further directory; raise `ChannelError`."""
+        _mark(self._group.fd, store)
 
     def fileno(self) -> int:
         """Return the group descriptor, to be copied to a holder process; it stays owned here."""
         return self._group.fd
+
+    @property
+    def journal(self) -> Journal:
+        """The journal of taken events, to be shared with a holder process."""
+        return self._group.journal
+
+    @property
+    def waiting(self) -> int:
+        """How many events were taken and wait for answers."""
+        return self._group.waiting
+
+    @property
+    def trouble(self) -> str:
+        """What is wrong with an intake that should run, empty when nothing is."""
+        return self._heartbeat.trouble if self._running else ""
 
     def ignore(self, fd: int) -> None:
         """Stop the events of a complete file, given by any descriptor of it.
@@ -184,8 +172,12 @@ class FanotifyChannel:
         self._mark_ignored(kernel.FAN_MARK_ADD, fd)
 
     def unignore(self, fd: int) -> None:
-        """Bring the events of a file back that `ignore` stopped."""
-        self._mark_ignored(kernel.FAN_MARK_REMOVE, fd)
+        """Bring the events of a file back that `ignore` stopped; fine when they flow."""
+        try:
+            self._mark_ignored(kernel.FAN_MARK_REMOVE, fd)
+        except ChannelError as error:
+            if error.errno != errno.ENOENT:
+                raise
 
     def _mark_ignored(self, action: int, fd: int) -> None:
         try:
@@ -195,34 +187,37 @@ class FanotifyChannel:
         except OSError as error:
             raise _channel_error(error, None) from error
 
-    def _run(self) -> None:
+    def _run(self, number: int) -> None:
+        while not self._group.wait_readable(BEAT_SECONDS):
+            self._heartbeat.beat(number)
+            if not self._running:
+                return
         poll = select.poll()
         poll.register(self._group.fd, select.POLLIN)
         poll.register(self._stop, select.POLLIN)
         while True:
-            ready = {fd for fd, _ in poll.poll()}
-            if self._group.fd in ready:
-                self._take_batch()
-            elif self._stop in ready:
+            self._heartbeat.beat(number)
+            ready = {fd for fd, _ in poll.poll(BEAT_SECONDS * 1000)}
+            if not ready:
+                continue
+            if self._stop in ready and (self._leaving or self._group.fd not in ready):
                 return
+            self._take()
 
-    def _take_batch(self) -> None:
+    def _take(self) -> None:
         try:
-            buffer = os.read(self._group.fd, _READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError as error:
+            event = self._group.read()
+        except (GroupFull, OSError) as error:
             # EMFILE and the like: the kernel has denied that event itself (spec 5.10). The
-            # pause lets other threads close descriptors before the next event is tried.
-            _log.error("an event was denied by the kernel, could not be read: %s", error)
+            # pause lets other threads answer and close before the next event is tried.
+            if not isinstance(error, GroupFull):
+                _log.error("an event was denied by the kernel, could not be read: %s", error)
             select.poll().poll(_FAILURE_PAUSE_MS)
             return
-        try:
-            events = parse_events(buffer)
-        except KernelMessageError as error:
-            _log.critical("fanotify events lost: %s", error)
-            events = error.events
-        for event in events:
+        except (KernelMessageError, ValueError) as error:
+            _log.critical("fanotify event lost: %s", error)
+            return
+        if event is not None:
             self._dispatch(event)
 
     def _dispatch(self, event: Event) -> None:
@@ -230,10 +225,10 @@ class FanotifyChannel:
         if event.fd < 0:
             _log.error("event without a descriptor: %s", event)
             return
-        self._group.take(event.fd)
         reply = Reply(self._group, event.fd, ReadRequest(0, 0, event.offset, event.length))
         try:
             status = os.fstat(event.fd)
+            self._group.identify(event.fd, status.st_dev, status.st_ino)
             request = ReadRequest(status.st_dev, status.st_ino, event.offset, event.length)
             reply.request = request
             if event.offset < 0:
@@ -247,6 +242,24 @@ class FanotifyChannel:
             _log.exception("handler failed on %s", reply.request)
             reply.deny(error)
 
+    def pause(self) -> None:
+        """Take no further events; those that were taken can still be answered."""
+        self._leaving = True
+        self._end_threads()
+
+    def _end_threads(self) -> None:
+        if self._running:
+            self._running = False
+            os.eventfd_write(self._stop, 1)
+            for thread in self._threads:
+                thread.join()
+
+    def leave(self) -> None:
+        """Let go without an answer to anything: a successor has group and journal."""
+        self.pause()
+        self._group.leave()
+        os.close(self._stop)
+
     def close(self) -> None:
         """Stop after draining the queue, deny what is unanswered, close the group.
 
@@ -255,13 +268,12 @@ class FanotifyChannel:
         """
         if self._group.fd < 0:
             return
-        os.eventfd_write(self._stop, 1)
-        for thread in self._threads:
-            thread.join()
+        self._end_threads()
         self._group.close()
         os.close(self._stop)
 
     def __enter__(self) -> FanotifyChannel:
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -78,6 +78,7 @@ class Rig:
         self.serve = ServeDirectory.create(self.directory)
         self.stack.callback(self.serve.remove)
         self.channel = FanotifyChannel(self.serve.directory, self.handle, threads)
+        self.channel.start()
         self.stack.callback(self.channel.close)
         self.link = self.serve.link(BLOB, self.data)
 
@@ -127,6 +128,13 @@ sys.stdout.buffer.write(data)
 def stack():
     with contextlib.ExitStack() as closers:
         yield closers
+
+
+@pytest.fixture(autouse=True)
+def own_holders(tmp_path_factory, monkeypatch):
+    """Holders of killed daemons are this test's own, and end soon."""
+    monkeypatch.setenv("NYDUSD_RUN_DIR", str(tmp_path_factory.mktemp("run")))
+    monkeypatch.setenv("NYDUSD_HOLDER_SECONDS", "2")
 
 
 @pytest.fixture(autouse=True)

@@ -187,9 +187,9 @@ class Serving:
         status, out, err = self.child(_READ, path, offset, length).end()
         assert (status, out, err) == (errno.EIO, b"", b"")
 
-    def nydusd(self, *args, cwd=None):
+    def nydusd(self, *args, cwd=None, **environment):
         """Start `nydusd` as a process of its own, as a user would."""
-        process = Nydusd([str(arg) for arg in args], cwd)
+        process = Nydusd([str(arg) for arg in args], cwd, environment)
         self.stack.callback(process.close)
         return process
 
@@ -197,7 +197,7 @@ class Serving:
 class Nydusd:
     """A `nydusd` process; its errors go to a file, so that no pipe can fill."""
 
-    def __init__(self, args, cwd):
+    def __init__(self, args, cwd, environment):
         self._errors = open(os.memfd_create("stderr"), "r+b")  # noqa: SIM115
         self.process = subprocess.Popen(
             [Path(sys.executable).with_name("nydusd"), *args],
@@ -205,6 +205,7 @@ class Nydusd:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             cwd=cwd,
+            env={**os.environ, **environment},
         )
 
     @property

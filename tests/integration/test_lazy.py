@@ -19,6 +19,8 @@ from treecompare import differences, read_tree
 
 from erofs import open_bootstrap
 from fscache.backend import HttpProxyConfig
+from fscache.image import ImageOptions
+from fscache.mount import MountError
 
 pytestmark = [
     pytest.mark.root,
@@ -256,9 +258,35 @@ def test_stop_right_after_the_last_chunk_is_silent(serving, server, image, caplo
     """The blob becomes durable when its channel has closed already."""
     daemon = serving.start(image, config(server))
     serving.snapshot(daemon.mountpoint)
+    served = daemon.served
     daemon.stop()
     assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
-    assert daemon.served.cache_metrics.digest_failures == 0
+    assert served.cache_metrics.digest_failures == 0
     asked = len(server.ranges)
     assert serving.snapshot(serving.start(image, config(server)).mountpoint)
     assert len(server.ranges) == asked
+
+
+def test_row_17_sparse_bootstrap_is_refused(serving, tmp_path, image):
+    """Its hole would be read as metadata."""
+    content = image.bootstrap.read_bytes()
+    sparse = tmp_path / "sparse.boot"
+    with sparse.open("wb") as file:
+        file.write(content)
+        file.truncate(len(content) + (1 << 20))
+    with pytest.raises(MountError, match=r"offset 0x[0-9a-f]*: bootstrap has a hole"):
+        serving.start(image._replace(bootstrap=sparse))
+
+
+def test_row_17_marked_bootstrap_is_refused(serving, image):
+    daemon = serving.start(image)
+    (marked,) = (serving.directory / "cache").glob("serve-*/")
+    inside = marked / "image.boot"
+    # Moved into it: a file that is written there would wait for this very process.
+    (serving.directory / "copy").write_bytes(image.bootstrap.read_bytes())
+    (serving.directory / "copy").rename(inside)
+    with pytest.raises(MountError, match="marked directory"):
+        daemon.runtime.mount(
+            daemon.served.config, inside, serving.mountpoint("other"), ImageOptions()
+        )
+    inside.unlink()

@@ -9,8 +9,10 @@ from builder import BuildOptions, build
 from fscache.backend import LocalFsConfig
 from fscache.config import DaemonConfig
 from fscache.mount import mount_erofs
+from fscache.nest import Nest
 from fscache.node import NodeDaemon, NodeOptions
-from fscache.place import PlainMount, mount_tmpfs, mounted_at
+from fscache.place import PlainMount, is_our_overlay, mount_tmpfs, mounted_at
+from fscache.skeleton import image_directories
 from tests.capabilities import requires
 
 pytestmark = requires("root", "fanotify")
@@ -70,6 +72,23 @@ def test_what_a_dead_daemon_left_is_taken_away(tmp_path, image, top, caplog):
     run(with_image(tmp_path, image, top), lambda: None)
     assert "daemon that is gone" in caplog.text
     assert mounted_at(top) is None
+
+
+def test_cover_of_a_dead_daemon_is_taken_away(tmp_path, image, top, caplog):
+    data = tmp_path / "data"
+    data.write_bytes(bytes(4096))
+    erofs = mount_erofs(image, [data], top)
+    nest = Nest(top, lambda: None)
+    nest.use(image_directories(image))
+    with nest.place("/below", None) as directory:
+        mount_tmpfs(directory)
+    assert is_our_overlay(top)
+    run(with_image(tmp_path, image, top), lambda: None)
+    assert "daemon that is gone" in caplog.text
+    assert mounted_at(top) is None
+    os.close(nest._cover._lower)
+    os.close(nest._cover._overlay)
+    assert erofs.is_gone()
 
 
 def test_another_image_below_stays(tmp_path, image, top):

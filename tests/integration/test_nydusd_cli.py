@@ -10,7 +10,7 @@ import socket
 import pytest
 from capabilities import requires
 from fakes.blob_server import BlobServer
-from serving import build_image, unmount, wait_until, write_config
+from serving import build_image, wait_until, write_config
 
 pytestmark = [
     pytest.mark.root,
@@ -133,7 +133,7 @@ def test_help_and_version(user):
         ({"-C": "absent.json"}, "absent.json: cannot be read (No such file or directory)"),
         ({"-C": "boot"}, "boot: configuration is not UTF-8"),
         ({"-C": None, "-D": "absent"}, "absent: not a directory"),
-        ({"-L": "absent/log"}, "absent/log: No such file or directory"),
+        ({"-L": "absent/log"}, "absent/log.log: No such file or directory"),
         ({"-A": "absent/api"}, "absent/api: API socket cannot be made (No such file"),
         ({"-A": "x" * 200}, "API socket cannot be made (AF_UNIX path too long)"),
         ({"-A": "boot"}, "boot: API socket cannot be made (Address already in use)"),
@@ -275,7 +275,7 @@ def test_eager_with_a_missing_blob(user):
 
 def test_log_file_takes_the_log(user):
     daemon = user.serving.nydusd(*OK, "-L", "log", "-l", "debug", cwd=user.home)
-    log = user.home / "log"
+    log = user.home / "log.log"
     wait_until(lambda: log.exists() and "serving " in log.read_text())
     daemon.send(signal.SIGTERM)
     assert daemon.end() == 0
@@ -328,14 +328,3 @@ def test_socket_in_use_is_refused(user):
     assert not os.path.ismount(other)
     assert user.api("GET", "/api/v1/daemon")[0] == 200
     assert first.process.poll() is None
-
-
-def test_killed_daemon_is_followed_by_a_new_one(user):
-    first = user.serve("-A", "api")
-    first.process.kill()
-    first.process.wait(10)
-    assert os.path.ismount(user.top)
-    unmount(user.top)
-    daemon = user.serve("-A", "api")
-    assert "of a daemon that is gone" in daemon.stderr
-    assert user.serving.read(user.top / "file") == CONTENT

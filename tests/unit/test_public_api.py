@@ -5,17 +5,22 @@ import importlib
 import pytest
 
 PUBLIC = {
-    "erofs": """BadMagic Bootstrap BootstrapSpec Chunk CodecError CorruptStructure Finding
-        FormatError Image Inode IntegrityError Node NydusError OutOfBounds UnsupportedFeature
-        check_blob check_image dump_blob dump_image error_context open_bootstrap open_image
+    "erofs": """AnyBootstrap AnyInode BadMagic Bootstrap BootstrapSpec BootstrapV5 Chunk CodecError
+        CorruptStructure Finding FormatError Image Inode InodeV5 IntegrityError Node NydusError
+        OutOfBounds PlacedBlob Translation UnsupportedFeature check_blob check_image dump_blob
+        dump_image error_context load_tree open_bootstrap open_image open_rafs translate
         write_bootstrap""",
-    "builder": """BuildError BuildOptions BuildResult MergeOptions PrefetchPolicy SourceOptions
-        SourceType WhiteoutSpec build merge unpack""",
+    "builder": """BuildError BuildOptions BuildResult ExportOptions ExportResult MergeOptions
+        PrefetchPolicy SourceOptions SourceType VerityOptions WhiteoutSpec build export_block merge
+        unpack""",
     "fscache.backend": """AuthError Backend BackendConfig BackendError BackendMetrics BlobReader
         Credentials HttpProxyConfig LocalFsConfig MirrorConfig NotFound ProxyConfig RegistryConfig
         ShortRead Unavailable check_blob_id open_backend""",
     "fscache.config": "ConfigError DaemonConfig load_config parse_config",
-    "fscache.daemon": "Daemon LazyUnsupported State StateError",
+    "fscache.daemon": "Daemon LazyUnsupported State StateError Transport",
+    "kata": """DmVerity KataVirtualVolume Metadata NydusExtraOptions NydusImage OptionError Profile
+        VolumeType parse_verity""",
+    "overlayfs_helper": "main",
 }
 
 

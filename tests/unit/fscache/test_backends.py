@@ -111,6 +111,35 @@ def test_missing_blob(backend):
         reader.size()
 
 
+def test_streams_from_an_offset_to_the_end(backend):
+    reader = backend.open(BLOB)
+    for offset in (0, 1, 300_000, len(DATA) - 1):
+        with reader.stream(offset) as pieces:
+            got = list(pieces)
+        assert b"".join(got) == DATA[offset:]
+        assert max(map(len, got)) <= 1 << 18
+    metrics = backend.metrics.as_dict()
+    assert (metrics["read_count"], metrics["read_errors"]) == (4, 0)
+    assert metrics["read_amount_total"] == 4 * len(DATA) - 300_001 - (len(DATA) - 1)
+
+
+def test_stream_that_is_left_early(backend):
+    reader = backend.open(BLOB)
+    with reader.stream(0) as pieces:
+        first = next(pieces)
+    assert DATA.startswith(first)
+    assert backend.metrics.as_dict()["read_amount_total"] == len(first)
+    assert reader.read_at(5, 10) == DATA[5:15]
+
+
+@pytest.mark.parametrize("backend", [kind for kind in KINDS if kind != "blob_file"], indirect=True)
+def test_stream_of_a_missing_blob(backend):
+    with pytest.raises(NotFound) as caught, backend.open("c" * 64).stream(0) as pieces:
+        next(pieces)
+    assert caught.value.where["blob"] == "c" * 64
+    assert backend.metrics.as_dict()["read_errors"] == 1
+
+
 def test_metrics(backend):
     reader = backend.open(BLOB)
     reader.read_at(0, 1024)
@@ -260,6 +289,43 @@ def test_http_ignored_range_is_not_read(server, http):
         http.open(BLOB).read_at(0, 4096)
     server.stop()
     assert server.bytes_sent[BLOB] == 0
+
+
+def test_http_stream_is_one_request_without_a_range(server, http):
+    with http.open(BLOB).stream(0) as pieces:
+        assert b"".join(pieces) == DATA
+    with http.open(BLOB).stream(4096) as pieces:
+        assert b"".join(pieces) == DATA[4096:]
+    assert server.ranges == [(BLOB, None), (BLOB, "bytes=4096-")]
+    assert server.headers[0]["X-Dragonfly-Prefetch"] == "true"
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "temporary"),
+    [
+        (403, AuthError, False),
+        (404, NotFound, False),
+        (206, BackendError, False),
+        (503, Unavailable, True),
+        ("truncate", ShortRead, True),
+        ("reset", Unavailable, True),
+        ("stall", Unavailable, True),
+        ("wrong-range", BackendError, False),
+        ("ignore-range", BackendError, False),
+    ],
+)
+def test_http_faults_of_a_stream(server, http, fault, kind, temporary):
+    server.fault, server.fault_count = fault, 1
+    offset = 4096 if fault in ("wrong-range", "ignore-range") else 0
+    with pytest.raises(BackendError) as caught, http.open(BLOB).stream(offset) as pieces:
+        list(pieces)
+    assert type(caught.value) is kind
+    assert caught.value.temporary is temporary
+    assert caught.value.where["blob"] == BLOB
+    with http.open(BLOB).stream(0) as pieces:
+        assert b"".join(pieces) == DATA
+    assert http.metrics.as_dict()["read_errors"] == 1
 
 
 def test_http_reasons(tmp_path):

@@ -1,9 +1,11 @@
 import pytest
-from fakes.blob_image import CHUNK_SIZE, Blob
+from fakes.blob_image import CHUNK_SIZE, BatchBlob, Blob
 
+from erofs.citable import parse_cached
 from erofs.errors import CorruptStructure, FormatError, OutOfBounds, UnsupportedFeature
 from erofs.rafs import BlobFeatures, ChunkFlags, Compressor
 from fscache.blobmap import BlobMap
+from fscache.places import Places
 
 SIZES = [CHUNK_SIZE, 100, 4096, CHUNK_SIZE, 5000]
 
@@ -45,22 +47,6 @@ def test_pages_of_no_chunk_are_refused(blob):
         BlobMap(blob.entry, []).chunks_in(0, 4096)
     with pytest.raises(OutOfBounds):
         BlobMap(blob.entry, blob.chunks[1:]).chunks_in(0, 4096)
-
-
-def test_sizes_of_a_generated_dictionary(blob):
-    size = len(blob.plain)
-    last = blob.chunks[-1]
-    entry = blob.entry._replace(
-        features=blob.entry.features | BlobFeatures.IS_CHUNKDICT_GENERATED,
-        compressed_size=0,
-        uncompressed_size=last.uncompressed_offset + last.uncompressed_size,
-    )
-    table = BlobMap(entry, blob.chunks)
-    assert table.uncompressed_size == size
-    assert table.chunks_in(size - 4096, 4096) == range(4, 5)
-    far = blob.chunks[4]._replace(compressed_offset=1 << 40)
-    with pytest.raises(OutOfBounds):
-        BlobMap(entry, [*blob.chunks[:4], far])
 
 
 def test_groups(blob):
@@ -115,7 +101,7 @@ def test_covered_by(blob):
 
 
 @pytest.mark.parametrize(
-    "feature", ["BATCH", "ZRAN", "ENCRYPTED", "CHUNK_INFO_V2", "TARFS", "EXTERNAL", "SEPARATE"]
+    "feature", ["ZRAN", "ENCRYPTED", "TARFS", "EXTERNAL", "SEPARATE", "IS_CHUNKDICT_GENERATED"]
 )
 def test_unsupported_features_are_named(blob, feature):
     entry = blob.entry._replace(features=blob.entry.features | BlobFeatures[feature])
@@ -198,3 +184,94 @@ def test_what_follows_in_the_same_file(blob):
     assert table.following(0, 9) == range(1, expected)
     assert table.following(2, 9) == range(3, 3)
     assert table.following(4, 9) == range(5, 5)
+
+
+LAYOUT = [[100, 431, 5000], CHUNK_SIZE, [7], 4096, [10, 20, 30]]
+
+
+@pytest.fixture(scope="module")
+def batched():
+    return BatchBlob(LAYOUT)
+
+
+@pytest.fixture(scope="module")
+def places(batched):
+    return Places(parse_cached(batched.cached))
+
+
+def test_batches_have_no_place_without_their_table(batched):
+    table = BlobMap(batched.entry, batched.chunks)
+    assert not table.is_located
+    assert table.chunks_in(0, len(batched.plain)) == range(9)
+    # Enough to plan with: neighbours touch, and sizes are about right.
+    assert list(table.groups(table.positions(), 1 << 30)) == [range(9)]
+    assert table.stored_range(range(9)) == (0, len(batched.plain))
+    located = table.with_places(None)
+    assert not located.is_located
+
+
+def test_batches_with_their_table(batched, places):
+    table = BlobMap(batched.entry, batched.chunks).with_places(places)
+    assert table.is_located
+    stored = [table.stored_range([index]) for index in range(9)]
+    one, alone, two, four, three = batched.places
+    assert stored == [one] * 3 + [alone, two, four] + [three] * 3
+    assert list(table.groups(table.positions(), 1 << 30)) == [range(9)]
+    assert table.stored_range(range(9)) == (0, batched.data_size)
+    # A batch is read as a whole, however small a run has to be.
+    assert list(table.groups(table.positions(), 1)) == [
+        range(3), range(3, 4), range(4, 5), range(5, 6), range(6, 9),
+    ]  # fmt: skip
+    assert list(table.runs([0, 2, 3, 6, 8], 1)) == [[0, 2], [3], [6, 8]]
+    assert list(table.groups([0, 2, 3, 6, 8], 1 << 30)) == [range(4), range(6, 9)]
+
+
+def test_ranges_grow_to_whole_batches(batched, places):
+    table = BlobMap(batched.entry, batched.chunks, places)
+    assert table.whole_batches(range(1, 2)) == range(3)
+    assert table.whole_batches(range(2, 4)) == range(4)
+    assert table.whole_batches(range(3, 4)) == range(3, 4)
+    assert table.whole_batches(range(4, 5)) == range(4, 5)
+    assert table.whole_batches(range(7, 8)) == range(6, 9)
+    assert table.whole_batches(range(3, 3)) == range(3, 3)
+    plain = BlobMap(batched.entry, batched.chunks)
+    assert plain.whole_batches(range(1, 2)) == range(1, 2)
+
+
+def test_a_further_image_on_batches(batched, places):
+    some = BlobMap(batched.entry, batched.chunks[:2], places)
+    more = some.with_chunks(batched.entry, batched.chunks[1:])
+    assert more.is_located
+    assert more.positions() == list(range(9))
+    assert more.with_chunks(batched.entry, batched.chunks) is more
+    assert more.with_places(None).with_chunks(batched.entry, batched.chunks).known_count == 9
+
+
+@pytest.mark.parametrize(
+    ("kind", "index", "change"),
+    [
+        (CorruptStructure, 0, {"uncompressed_size": 99}),
+        (CorruptStructure, 3, {"compressed_offset": 1}),
+        (CorruptStructure, 3, {"compressed_size": 5}),
+        (CorruptStructure, 3, {"compressed_size": 0, "compressed_offset": 0}),
+        (CorruptStructure, 5, {"flags": 0, "compressed_size": 4096}),
+        (OutOfBounds, 6, {}),
+    ],
+)
+def test_tables_that_say_other_things_than_the_bootstrap(batched, places, kind, index, change):
+    entry = batched.entry
+    if not change:
+        entry = entry._replace(compressed_size=batched.data_size - 1)
+    chunks = list(batched.chunks)
+    chunks[index] = chunks[index]._replace(**change)
+    table = BlobMap(entry, chunks)
+    with pytest.raises(FormatError) as caught:
+        table.with_places(places)
+    assert type(caught.value) is kind
+    assert caught.value.where["chunk"] == index
+
+
+def test_tables_of_another_blob(batched):
+    other = Places(parse_cached(BatchBlob(LAYOUT[:-1]).cached))
+    with pytest.raises(CorruptStructure, match="number of chunks"):
+        BlobMap(batched.entry, batched.chunks).with_places(other)

@@ -47,6 +47,17 @@ def ready(chunks):
     return [position for position, index in enumerate(INDEXES) if chunks.is_ready(index)]
 
 
+def test_what_is_fetched_together_is_claimed_together():
+    chunks = ChunkMap(None, b"\1" * 6)
+    first, second = Waiter(), Waiter()
+    chunks.claim(range(1), first)
+    chunks.complete(0)
+    assert chunks.claim(range(2, 3), first, range(5)) == ([1, 2, 3, 4], 1)
+    assert chunks.claim(range(3, 6), second, range(6)) == ([5], 3)
+    assert [chunks.complete(index) for index in (1, 2, 3)] == [[], [first], [second]]
+    assert chunks.fail(4) == [second]
+
+
 def test_claims_are_exclusive():
     chunks = ChunkMap(None, b"\1" * 5)
     first, second = Waiter(), Waiter()

@@ -134,12 +134,12 @@ def test_true_is_no_number():
 def test_unknown_keys_are_warned_about(caplog):
     with caplog.at_level(logging.WARNING):
         parse_config(changed("device.cache.config", {"work_dir": "/c", "bogus": 1}))
-        parse_config(changed("fs_prefetch", {"enable": True, "stream_prefetch": True}))
+        parse_config(changed("mode", "cached"))
         parse_config(changed("device.cache.config", {}))
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [
         "configuration: unknown key device.cache.config.bogus",
-        "configuration: fs_prefetch.stream_prefetch has no effect in this version",
+        "configuration: mode has no effect in this version",
         "configuration: device.cache.config.work_dir is missing, the current directory is used",
     ]
 
@@ -398,7 +398,7 @@ def test_blob_entry():
     ("entry", "text"),
     [
         ({}, "type: missing"),
-        ({"type": "datablob"}, "type: expected bootstrap"),
+        ({**changed_entry(), "type": "datablob"}, "type: expected bootstrap"),
         ({"type": "bootstrap"}, "config: missing"),
         ({**changed_entry(), "id": "a/b"}, "id: contains a slash"),
         ({**changed_entry(), "domain_id": "a/b"}, "domain_id: contains a slash"),

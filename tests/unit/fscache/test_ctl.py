@@ -284,6 +284,74 @@ def test_info_without_configuration_and_instances(nydusd, run):
     assert run("info")[1].endswith('Commit:                 "abc"\n')
 
 
+PATTERN = [
+    {"ino": 9, "path": "/usr/bin/b\u00e4r", "nr_read": 1},
+    {"ino": 7, "path": "/name\udcff", "nr_read": 2},
+    {"ino": 8, "path": "/two\nlines", "nr_read": 1},
+    {"ino": 6, "path": "/blank ", "nr_read": 1},
+]
+LISTED = "/usr/bin/bär\n".encode() + b"/name\xff\n"
+
+
+@pytest.fixture
+def recording(nydusd):
+    nydusd.answers = {
+        ("GET", "/api/v1/metrics"): answer({"access_pattern_enabled": True}),
+        ("GET", "/api/v1/metrics/pattern?paths=true"): answer(PATTERN),
+        ("GET", "/api/v1/metrics?id=/b"): answer({"access_pattern_enabled": True}),
+        ("GET", "/api/v1/metrics/pattern?id=/b&paths=true"): answer(PATTERN[:1]),
+    }
+    return nydusd
+
+
+def test_prefetch_list(recording, capfdbinary):
+    assert ctl.main(["-S", str(recording.path), "prefetch-list"]) == 0
+    out, err = capfdbinary.readouterr()
+    assert out == LISTED
+    assert err.decode().splitlines() == [
+        f"warning: left out, a list cannot hold it: {name}"
+        for name in ("b'/two\\nlines'", "b'/blank '")
+    ]
+
+
+def test_prefetch_list_into_a_file(recording, run, tmp_path):
+    path = tmp_path / "list"
+    path.write_text("old")
+    status, output, _ = run("prefetch-list", "--output", str(path))
+    assert (status, output, path.read_bytes()) == (0, "", LISTED)
+    assert run("prefetch-list", "--id", "/b", "-o", str(path)) == (0, "", "")
+    assert path.read_bytes() == "/usr/bin/bär\n".encode()
+    assert [entry.name for entry in tmp_path.iterdir() if "list" in entry.name] == ["list"]
+    status, output, errors = run("prefetch-list", "-o", str(tmp_path / "absent/list"))
+    assert (status, output) == (1, "")
+    assert "the list cannot be written (No such file or directory)" in errors
+
+
+def test_prefetch_list_raw(recording, run):
+    status, output, errors = run("prefetch-list", "--raw")
+    assert (status, errors) == (0, "")
+    assert json.loads(output)[0]["ino"] == 9
+
+
+@pytest.mark.parametrize(
+    ("enabled", "pattern", "text"),
+    [
+        (False, [], "nothing is recorded: the configuration has no access_pattern"),
+        (None, [], "access_pattern_enabled of the daemon's answer"),
+        (True, {}, "not a list of files"),
+        # A daemon that knows no paths.
+        (True, [{"ino": 9, "nr_read": 1}], "member path of the daemon's answer"),
+        (True, [{"path": "/\ud800"}], "path that is none"),
+    ],
+)
+def test_prefetch_list_of_a_daemon_without_one(recording, run, enabled, pattern, text):
+    recording.answers["GET", "/api/v1/metrics"] = answer({"access_pattern_enabled": enabled})
+    recording.answers["GET", "/api/v1/metrics/pattern?paths=true"] = answer(pattern)
+    status, output, errors = run("prefetch-list")
+    assert (status, output) == (1, "")
+    assert text in errors
+
+
 def test_backend_averages():
     text = ctl_text.backend_text(BACKEND)
     assert "Read Amount:        3145728 Bytes (3 MB)\n" in text

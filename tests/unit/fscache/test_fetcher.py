@@ -6,6 +6,7 @@ import threading
 import pytest
 from fakes.blob_image import CHUNK_SIZE, Blob
 from fakes.blob_server import BlobServer
+from fakes.memory_reader import MemoryReader
 
 from erofs.errors import CodecError, IntegrityError, NydusError, OutOfBounds
 from erofs.rafs import Compressor, Digester
@@ -23,33 +24,6 @@ FAST = FetcherOptions(
     negative_ttl=0.0,
     sync_interval=60.0,
 )
-
-
-class MemoryReader:
-    """A backend in memory that counts, waits and fails as told."""
-
-    def __init__(self, blob):
-        self.blob_id = blob.id
-        self.stored = bytearray(blob.stored)
-        self.reads = []
-        self.entered = threading.Event()
-        self.gate = threading.Event()
-        self.gate.set()
-        self.error = None
-
-    def size(self):
-        return len(self.stored)
-
-    def read_at(self, offset, length):
-        self.reads.append((offset, length))
-        self.entered.set()
-        self.gate.wait(30)
-        if self.error is not None:
-            raise self.error
-        data = bytes(self.stored[offset : offset + length])
-        if len(data) != length:
-            raise ShortRead("truncated")
-        return data
 
 
 class Rig:

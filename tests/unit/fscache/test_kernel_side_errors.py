@@ -109,5 +109,5 @@ def test_old_kernel_is_named(monkeypatch, tmp_path):
 
 
 def test_file_system_type_is_that_of_the_deepest_mount():
-    assert probe._filesystem_type(probe.Path("/proc/self")) == "proc"
-    assert probe._filesystem_type(probe.Path("/sys")) == "sysfs"
+    assert probe.filesystem_type(probe.Path("/proc/self")) == "proc"
+    assert probe.filesystem_type(probe.Path("/sys")) == "sysfs"

@@ -5,27 +5,48 @@ import gc
 import logging
 import os
 import socket
+import struct
 import threading
 from pathlib import Path
 
 import pytest
 
 from fscache.channel import ReadRequest, Reply
-from fscache.channel.fanotify import Group
+from fscache.channel.group import Group, GroupFull
+from fscache.holder.journal import Journal
 from fscache.protocol import pack_response
 
 REQUEST = ReadRequest(1, 2, 4096, 8192)
 
 
+def event(fd, offset=4096, length=8192):
+    """What the kernel sends: metadata, then a range record."""
+    head = struct.pack("=IBBHQii", 48, 3, 0, 24, 0x100000, fd, 1)
+    return head + struct.pack("=BBHIQQ", 6, 0, 24, 0, offset, length)
+
+
 class Fake:
-    def __init__(self):
+    """A group whose kernel is a socket; `memory` is the journal, which outlives the group."""
+
+    def __init__(self, slots=64):
+        journal = Journal.create(slots)
+        self.memory = os.dup(journal.fd)
         self.kernel, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.kernel.setblocking(False)
-        self.group = Group(end.detach())
+        end.setblocking(False)
+        self.group = Group(end.detach(), journal)
+
+    def successor(self):
+        """Another process with a copy of the group and the same journal."""
+        return Group(os.dup(self.group.fd), Journal(os.dup(self.memory)))
+
+    def read(self, number):
+        self.kernel.send(event(number))
+        return self.group.read()
 
     def reply(self):
         fd = os.memfd_create("event")
-        self.group.take(fd)
+        assert self.read(fd).fd == fd
         return fd, Reply(self.group, fd, REQUEST)
 
     def answers(self):
@@ -46,6 +67,7 @@ def fake():
     yield fake
     fake.group.close()
     fake.kernel.close()
+    os.close(fake.memory)
 
 
 def is_open(fd):
@@ -160,3 +182,91 @@ def test_group_close_denies_what_waits(fake):
     assert not reply.allow()
     assert not is_open(fd)
     fake.group.close()
+
+
+def test_full_journal_takes_nothing():
+    fake = Fake(slots=1)
+    _, reply = fake.reply()
+    fake.kernel.send(event(99))
+    with pytest.raises(GroupFull):
+        fake.group.read()
+    reply.allow()
+    assert fake.group.read().fd == 99
+    # Number 99 is no descriptor of ours: nothing but the answer may be tried with it.
+    fake.group.leave()
+    fake.kernel.close()
+    os.close(fake.memory)
+
+
+def test_answered_events_leave_no_trace(fake):
+    _, reply = fake.reply()
+    reply.allow()
+    assert Journal(os.dup(fake.memory)).taken() == []
+
+
+def test_successor_answers_what_a_killed_worker_left(fake):
+    fd, _killed = fake.reply()
+    fake.group.identify(fd, 7, 8)
+    other, _killed_too = fake.reply()
+    successor = fake.successor()
+    first, second = sorted(successor.inherit(), key=lambda item: not item.known)
+    assert first.known
+    assert first.reply.request == ReadRequest(7, 8, 4096, 8192)
+    assert not second.known
+    assert second.reply.request == ReadRequest(0, 0, 4096, 8192)
+    first.reply.allow()
+    second.reply.deny("no bytes")
+    assert fake.answers() == [pack_response(fd, True), pack_response(other, False)]
+    # The descriptors were those of the killed process.
+    assert is_open(fd)
+    assert is_open(other)
+    assert Journal(os.dup(fake.memory)).taken() == []
+    successor.close()
+
+
+def test_number_of_an_inherited_event_is_taken_until_its_answer(fake):
+    """The kernel would give the answer to a new event of this number: nobody filled its bytes."""
+    fake.read(700)
+    successor = fake.successor()
+    (inherited,) = successor.inherit()
+    assert successor.wait_readable(0)
+    assert is_open(700)
+    inherited.reply.allow()
+    assert not is_open(700)
+    assert fake.answers() == [pack_response(700, True)]
+    fake.group.leave()
+    successor.close()
+
+
+def test_nothing_is_read_while_a_number_of_ours_waits(fake):
+    fd, _killed = fake.reply()
+    successor = fake.successor()
+    (inherited,) = successor.inherit()
+    assert not successor.wait_readable(0)
+    inherited.reply.allow()
+    assert successor.wait_readable(0)
+    assert is_open(fd)
+    successor.close()
+
+
+def test_two_inherited_events_of_one_number_are_allowed_when_both_are_ready(fake):
+    """A worker was killed between an answer and its note: one of the two waits no more."""
+    fake.read(1000)
+    fake.read(1000)
+    successor = fake.successor()
+    first, second = successor.inherit()
+    first.reply.allow()
+    assert fake.answers() == []
+    second.reply.allow()
+    assert fake.answers() == [pack_response(1000, True)]
+    fake.group.leave()
+    successor.close()
+
+
+def test_inherited_events_are_denied_when_the_successor_ends(fake):
+    fd, _reply = fake.reply()
+    successor = fake.successor()
+    inherited = successor.inherit()
+    successor.close()
+    assert fake.answers() == [pack_response(fd, False)]
+    assert not inherited[0].reply.allow()

@@ -76,6 +76,16 @@ def test_through_the_proxy(server, proxy, connect):
     ] == "Basic dXNlcjpwNHNz"
 
 
+def test_a_stream_through_the_proxy_is_a_prefetch_of_the_whole(server, proxy, connect):
+    with connect(proxy=ProxyConfig(proxy.address)).stream(0) as pieces:
+        assert b"".join(pieces) == DATA
+    _, headers = proxy.proxied[0]
+    assert "Range" not in headers
+    assert headers["X-Dragonfly-Use-P2P"] == "true"
+    assert headers["X-Dragonfly-Priority"] == "3"
+    assert headers["X-Dragonfly-Prefetch"] == "true"
+
+
 def test_proxy_for_the_http_proxy_backend(server, proxy):
     config = HttpProxyConfig("http://unreachable.invalid/blobs", proxy=ProxyConfig(proxy.host))
     proxy.blobs[BLOB] = DATA

@@ -1,9 +1,10 @@
 import fcntl
 import os
+from pathlib import Path
 
 import pytest
 
-from fscache.store import ServeDirectory, StoreError, remove_stale
+from fscache.store import ServeDirectory, StoreError, take_stale
 
 
 @pytest.fixture
@@ -85,7 +86,8 @@ def test_stale_directories_go_and_living_ones_stay(tmp_path, serve, data):
     (tmp_path / "serve-file").touch()
     (tmp_path / "serve-link").symlink_to(tmp_path)
     (tmp_path / "other").mkdir()
-    assert remove_stale(tmp_path) == [dead.directory]
+    assert take_stale(tmp_path) == []
+    assert not dead.directory.exists()
     assert serve.path("abc").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "abc.blob.data",
@@ -100,15 +102,17 @@ def test_copy_of_the_descriptor_keeps_the_directory(tmp_path):
     serve = ServeDirectory.create(tmp_path)
     copy = os.dup(serve.fd)
     os.close(serve.fd)
-    assert remove_stale(tmp_path) == []
+    assert take_stale(tmp_path) == []
+    assert serve.directory.exists()
     os.close(copy)
-    assert remove_stale(tmp_path) == [serve.directory]
+    assert take_stale(tmp_path) == []
+    assert not serve.directory.exists()
 
 
 def test_stale_directory_with_unexpected_content_is_left(tmp_path, caplog):
     path = tmp_path / "serve-odd"
     (path / "sub").mkdir(parents=True)
-    assert remove_stale(tmp_path) == []
+    assert take_stale(tmp_path) == []
     assert path.exists()
     assert "stays" in caplog.text
 
@@ -134,3 +138,51 @@ def test_create_avoids_a_directory_that_a_cleaner_holds(tmp_path, monkeypatch):
 def test_create_below_nothing_is_an_error(tmp_path):
     with pytest.raises(StoreError, match="No such file"):
         ServeDirectory.create(tmp_path / "absent")
+
+
+def test_directory_whose_mounts_live_is_an_orphan(tmp_path, data, monkeypatch):
+    """Daemon and holder were killed, and a container still has one of the images."""
+    dead = ServeDirectory.create(tmp_path)
+    dead.link("abc", data)
+    dead.note_mount("erofs-1", Path("/mnt/gone"))
+    dead.note_mount("erofs-2", Path("/mnt/in use"))
+    with (tmp_path / f"{dead.directory.name}.mounts").open("a") as file:
+        file.write('{"boot": "the last line of a kil')
+    os.close(dead.fd)
+    monkeypatch.setattr("fscache.store._is_alive", lambda name: name == "erofs-2")
+    (orphan,) = take_stale(tmp_path)
+    assert orphan.mounts == {"erofs-2": "/mnt/in use"}
+    assert orphan.alive
+    assert dead.path("abc").exists()
+    # It is locked now: another daemon leaves it alone.
+    assert take_stale(tmp_path) == []
+    monkeypatch.setattr("fscache.store._is_alive", lambda name: False)
+    os.close(orphan.store.fd)
+    assert take_stale(tmp_path) == []
+    assert sorted(tmp_path.iterdir()) == [data]
+
+
+def test_mounts_of_an_earlier_boot_are_gone(tmp_path, monkeypatch):
+    dead = ServeDirectory.create(tmp_path)
+    monkeypatch.setattr("fscache.store._boot_id", lambda: "yesterday")
+    dead.note_mount("erofs-1", Path("/mnt"))
+    os.close(dead.fd)
+    monkeypatch.setattr("fscache.store._boot_id", lambda: "today")
+    monkeypatch.setattr("fscache.store._is_alive", lambda name: True)
+    assert take_stale(tmp_path) == []
+    assert not dead.directory.exists()
+
+
+def test_deleted_data_file_gets_its_name_back(tmp_path, serve, data):
+    inode = data.stat().st_ino
+    serve.link("abc", data)
+    data.unlink()
+    serve.restore("abc", data)
+    assert data.stat().st_ino == inode
+    # A file of another image of this name is not touched.
+    data.unlink()
+    data.write_bytes(b"other")
+    serve.restore("abc", data)
+    assert data.read_bytes() == b"other"
+    serve.restore("never linked", tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()

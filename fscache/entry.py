@@ -1,0 +1,77 @@
+"""What a node daemon begins with, and the rows of its table of mounts: values only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from erofs.errors import NydusError
+from fscache.config import DaemonConfig
+from fscache.image import ROOT, Progress, ServedImage
+from fscache.place import PlainMount
+from fscache.transport import Transport
+
+__all__ = ["Entry", "NodeOptions", "TableError"]
+
+
+class TableError(NydusError):
+    """A mount that is there already, is not there, or has a path that cannot be."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """What a node daemon begins with.
+
+    Args:
+        mountpoint: an existing directory.
+        bootstrap: the image to mount there, with its `config`.
+        shared_dir: a directory to bind there instead.
+        virtual: the path below the mount point for either of them.
+        writable: bound directories can be written to, and images that have an overlay
+            configuration; else nothing can.
+        id: name of the instance, as clients gave it.
+        environment: adds to the configuration of images that are mounted later.
+        transport: how all images are mounted.
+        directio: read data files past the page cache.
+        progress: called with (bytes done, all bytes) while an eager start fetches.
+        holder: have another process keep what a successor needs, if this one is killed.
+        restart: the command line which that process starts then, if any.
+        exit_leaves: `PUT /daemon/exit` leaves the mounts to a successor.
+    """
+
+    mountpoint: Path
+    bootstrap: Path | None = None
+    config: DaemonConfig | None = None
+    shared_dir: Path | None = None
+    virtual: str = ROOT
+    writable: bool = False
+    id: str | None = None
+    supervisor: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    transport: Transport = Transport.AUTO
+    directio: bool = False
+    progress: Progress | None = None
+    holder: bool = False
+    restart: tuple[str, ...] = ()
+    exit_leaves: bool = False
+
+
+@dataclass(slots=True)
+class Entry:
+    """One mount of the table: an image, or a directory that is passed through.
+
+    `bind` of an image is the writable overlay over it.
+    `adopted` is True for one that a killed daemon made, until a client asks for it again;
+    `key` is under which a holder notes it when it is no image;
+    `source` is the directory that is passed through.
+    """
+
+    path: str
+    mounted_at: float
+    image: ServedImage | None
+    bind: PlainMount | None
+    key: str = ""
+    source: str = ""
+    adopted: bool = False
+    kind: str = ""

@@ -1,0 +1,123 @@
+"""Wire, journal and loop of the holder, without a process or a kernel's group."""
+
+import errno
+import os
+import socket
+import struct
+
+import pytest
+
+from fscache.holder.journal import Journal, JournalError
+from fscache.holder.process import Holder
+from fscache.holder.wire import WireError, receive, send
+
+
+@pytest.fixture
+def pair():
+    ends = socket.socketpair()
+    yield ends
+    for end in ends:
+        end.close()
+
+
+def test_messages_carry_descriptors(pair):
+    ours, theirs = pair
+    fd = os.memfd_create("carried")
+    os.write(fd, b"content")
+    send(ours, {"do": "keep"}, [fd, fd])
+    send(ours, {"do": "drop", "text": "x" * 100_000})
+    os.close(fd)
+    message, descriptors = receive(theirs)
+    assert message == {"do": "keep"}
+    assert [os.pread(got, 7, 0) for got in descriptors] == [b"content"] * 2
+    assert not any(os.get_inheritable(got) for got in descriptors)
+    for got in descriptors:
+        os.close(got)
+    message, descriptors = receive(theirs)
+    assert len(message["text"]) == 100_000
+    assert descriptors == []
+
+
+def test_end_between_messages_is_none(pair):
+    ours, theirs = pair
+    ours.close()
+    assert receive(theirs) is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        struct.pack("<I", 100) + b"{}",
+        struct.pack("<I", 1 << 30),
+        struct.pack("<I", 2) + b"[]",
+        struct.pack("<I", 2) + b"{]",
+        b"\1",
+    ],
+)
+def test_broken_messages_leave_no_descriptor(pair, data):
+    ours, theirs = pair
+    before = set(os.listdir("/proc/self/fd"))
+    socket.send_fds(ours, [data], [0])
+    ours.shutdown(socket.SHUT_WR)
+    with pytest.raises(WireError):
+        receive(theirs)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def event(fd):
+    head = struct.pack("=IBBHQii", 48, 3, 0, 24, 0x100000, fd, 1)
+    return head + struct.pack("=BBHIQQ", 6, 0, 24, 0, 4096, 8192)
+
+
+def test_journal_is_shared():
+    journal = Journal.create(4)
+    other = Journal(os.dup(journal.fd))
+    slots = [journal.reserve() for _ in range(3)]
+    for slot, fd in zip(slots[:2], (70, 71), strict=True):
+        with journal.room(slot) as room:
+            room[:48] = event(fd)
+    journal.identify(slots[1], 5, 6)
+    assert [tuple(taken)[1:] for taken in sorted(other.taken(), key=lambda one: one.fd)] == [
+        (70, 0, 0, 4096, 8192),
+        (71, 5, 6, 4096, 8192),
+    ]
+    successor = Journal(os.dup(journal.fd))
+    assert sum(successor.reserve() is not None for _ in range(4)) == 2
+    journal.clear(slots[1])
+    assert [taken.fd for taken in other.taken()] == [70]
+    # The file of an earlier event is no file of the next one.
+    with journal.room(slots[1]) as room:
+        room[:48] = event(72)
+    assert {taken.fd: taken.inode for taken in other.taken()} == {70: 0, 72: 0}
+    for one in (journal, other, successor):
+        one.close()
+
+
+@pytest.mark.parametrize("size", [0, 100, 129])
+def test_other_memory_is_no_journal(size):
+    fd = os.memfd_create("other")
+    os.ftruncate(fd, size)
+    with pytest.raises(JournalError):
+        Journal(fd)
+    os.close(fd)
+
+
+def test_worker_that_is_killed_before_the_holder_has_started(pair, tmp_path):
+    """Its reads fail in time: nothing is let go as if nobody waited."""
+    ours, theirs = pair
+    answers, group = os.pipe()
+    journal = Journal.create(4)
+    with journal.room(journal.reserve()) as room:
+        room[:48] = event(70)
+    send(ours, {"do": "hello", "pid": 1})
+    message = {"do": "domain", "key": "/work", "serve": str(tmp_path / "serve")}
+    send(ours, message, [group, os.open(tmp_path, os.O_RDONLY), journal.fd])
+    ours.close()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "holder.sock"))
+        listener.listen()
+        Holder(listener, str(tmp_path), 0.1).run(theirs)
+    os.close(group)
+    assert os.read(answers, 64) == struct.pack("=iI", 70, 2 | errno.EIO << 24)
+    os.close(answers)
+    journal.close()

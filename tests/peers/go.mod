@@ -1,4 +1,5 @@
-// The programs that tests/real runs as clients of our nydusd. Nothing of it is ours but the list.
+// The programs that tests/real runs as clients of our nydusd. Of ours are only
+// the list and helpersnapshotter, which puts our mount helper between containerd and overlayfs.
 module nydus-erofs.test/peers
 
 go 1.25.13

@@ -71,12 +71,25 @@ class Program:
         """Return the last characters of its log."""
         return self.log.read_text(errors="replace")[-size:]
 
-    def end(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Send a signal to it, not to what it has started, and wait until it is gone."""
+    def _send(self, number: signal.Signals) -> None:
         # What we started is nsenter, which waits for its one child.
         pid = _child(self._process.pid)
         if pid is not None:
             os.kill(pid, number)
+
+    def pause(self) -> None:
+        """Stop it: whoever is connected to it waits."""
+        self._send(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._send(signal.SIGCONT)
+        # It stops itself when its child is stopped.
+        self._process.send_signal(signal.SIGCONT)
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Send a signal to it, not to what it has started, and wait until it is gone."""
+        self._send(number)
         try:
             self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired as error:
@@ -147,6 +160,11 @@ class Box:
                     found[pid] = [os.fsdecode(word) for word in words[:-1]]
         return found
 
+    @property
+    def top(self) -> Path:
+        """The root directory as the box sees it."""
+        return Path(f"/proc/{self._pid}/root")
+
     def mounts(self) -> list[str]:
         """Return the lines of the box's mount table."""
         return Path(f"/proc/{self._pid}/mounts").read_text().splitlines()
@@ -155,6 +173,9 @@ class Box:
         """End all processes in the box; its mounts and ports go with them."""
         self._first.stdin.close()
         self._first.stdout.close()
+        for process in self._started:
+            # One that is stopped would never see that its child is gone.
+            process.send_signal(signal.SIGCONT)
         try:
             for process in (self._first, *self._started):
                 process.wait(END_SECONDS)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from builder.bootstrap import inlined_bootstrap
 from erofs import codec
-from erofs.blobmeta import CI_ALIGNMENT, SECTION_META, SECTION_META_HEADER, TOC_ZSTD, read_toc
+from erofs.blobmeta import CI_ALIGNMENT
+from erofs.framing import SECTION_META, SECTION_META_HEADER, TOC_ZSTD, read_toc
 from erofs.rafs import Compressor
 from erofs.view import View, align_up
 from tests.real.settings import architecture

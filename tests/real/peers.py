@@ -25,6 +25,7 @@ _PACKAGES = (
     f"{_CONTAINERD}/containerd-shim-runc-v2",
     f"{_CONTAINERD}/ctr",
     f"{_SNAPSHOTTER}/containerd-nydus-grpc",
+    "./helpersnapshotter",
 )
 _BUILD = (
     "build", "-trimpath", "-ldflags=-s -w", "-tags=no_cri,no_btrfs,no_devmapper,no_zfs",
@@ -44,7 +45,7 @@ def peers_directory() -> Path:
 
 def _final() -> Path:
     sums = hashlib.sha256(" ".join((*_BUILD, *_PACKAGES)).encode())
-    for name in ("go.mod", "go.sum"):
+    for name in ("go.mod", "go.sum", "helpersnapshotter/main.go"):
         sums.update((MODULE / name).read_bytes())
     return peers_directory() / sums.hexdigest()[:32]
 

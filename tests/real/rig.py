@@ -6,29 +6,43 @@ NYDUSD=path puts another nydusd in the place of ours.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import secrets
 import shlex
 import shutil
+import signal
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.real.box import Box, BoxError, Program, wait_for
 from tests.real.images import Image
 from tests.real.settings import METRICS, REGISTRY, write_settings
+from tests.real.unixhttp import ask
 
-__all__ = ["Rig"]
+__all__ = ["Rig", "answers", "remove_cgroups", "write_nydusd"]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 CGROUPS = Path("/sys/fs/cgroup")
 START_SECONDS = 30.0
 REMOVE_SECONDS = 20.0
+_HOLDER = "fscache.holder.process"
+_WAITING = re.compile(r"^nydusd_waiting_reads (\d+)", re.MULTILINE)
 _BLOB_ANSWER = re.compile(r'"GET /v2/\S+/blobs/sha256:(\S+) HTTP/1\.\d" 20[06] (\d+) .*"(\S*)"$')
 
 
-def _answers(path: Path) -> bool:
+def remove_cgroups(name: str) -> None:
+    """Remove what runc has left of a name space; cgroups are seen by the whole machine."""
+    for top in (*CGROUPS.glob(f"*/{name}"), *CGROUPS.glob(name)):
+        for directory, _, _ in os.walk(top, topdown=False):
+            Path(directory).rmdir()
+
+
+def answers(path: Path) -> bool:
+    """Tell whether somebody listens at a socket."""
     with socket.socket(socket.AF_UNIX) as probe:
         with contextlib.suppress(OSError):
             probe.connect(str(path))
@@ -36,16 +50,23 @@ def _answers(path: Path) -> bool:
         return False
 
 
-def _write_nydusd(path: Path) -> None:
-    """Write the program that the snapshotter starts; it becomes nydusd, with the same number."""
+def write_nydusd(path: Path, *, commit: str = "") -> None:
+    """Write the program that the snapshotter starts; it becomes nydusd, with the same number.
+
+    With `commit` it says that it was made from that one, as another version would.
+    """
     other = os.environ.get("NYDUSD")
     if other:
         command = shlex.quote(str(Path(other).resolve(strict=True)))
     else:
-        python = f"PYTHONPATH={shlex.quote(str(CHECKOUT))} exec {shlex.quote(sys.executable)}"
-        command = f"{python} -m fscache"
-    prefix = "exec " if other else ""
-    path.write_text(f'#!/bin/sh\n{prefix}{command} "$@"\n')
+        python = f"PYTHONPATH={shlex.quote(str(CHECKOUT))} {shlex.quote(sys.executable)}"
+        command = f"env {python} -m fscache"
+    lines = ["#!/bin/sh"]
+    if commit:
+        change = f'sed "s/^Git Commit:.*/Git Commit: {commit}/"'
+        lines.append(f'if [ "$1" = --version ]; then {command} "$@" | {change}; exit; fi')
+    lines.append(f'exec {command} "$@"')
+    path.write_text("\n".join([*lines, ""]))
     path.chmod(0o755)
 
 
@@ -57,12 +78,20 @@ class Rig:
         mode: `dedicated` or `shared`.
         recover_policy: `none`, `restart` or `failover`.
         prefetch: fetch everything in the background, as the recorded configuration says.
+        environment: more variables for all programs.
     """
 
     def __init__(
-        self, peers: Path, mode: str, recover_policy: str = "none", *, prefetch: bool = False
+        self,
+        peers: Path,
+        mode: str,
+        recover_policy: str = "none",
+        *,
+        prefetch: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._peers = peers
+        self._more = environment or {}
         self.mode = mode
         # Short, because of the sockets; on a disk, because of the kernel's marks. The name is
         # also containerd's name space, which has no underscores.
@@ -71,7 +100,7 @@ class Rig:
         self._box: Box | None = None
         try:
             write_settings(self.root, mode, recover_policy, prefetch=prefetch)
-            _write_nydusd(self.root / "nydusd")
+            write_nydusd(self.root / "nydusd")
             (self.root / "tmp").mkdir()
             self._box = Box(self.root, self._environment())
             self._start()
@@ -89,6 +118,7 @@ class Rig:
             "CONTAINERD_ADDRESS": str(self.root / "containerd.sock"),
             "CONTAINERD_NAMESPACE": self.root.name,
             "CONTAINERD_SNAPSHOTTER": "nydus",
+            **self._more,
         }
 
     @property
@@ -106,7 +136,7 @@ class Rig:
         self.containerd = self.box.start(
             "containerd", ["containerd", "--config", str(self.root / "containerd.toml")]
         )
-        self._wait(self.containerd, lambda: _answers(self.root / "containerd.sock"))
+        self._wait(self.containerd, lambda: answers(self.root / "containerd.sock"))
         self._wait(self.registry, lambda: "listening on" in self.registry.log_end())
 
     def _wait(self, program: Program, ready) -> None:
@@ -124,7 +154,7 @@ class Rig:
         self.snapshotter = self.box.start(
             "snapshotter", ["containerd-nydus-grpc", "--config", str(self.root / "sn.toml")]
         )
-        self._wait(self.snapshotter, lambda: _answers(self.root / "grpc.sock"))
+        self._wait(self.snapshotter, lambda: answers(self.root / "grpc.sock"))
 
     def push(self, image: Image) -> str:
         """Push an OCI layout to the registry; return the reference."""
@@ -146,18 +176,92 @@ class Rig:
         """Pull an image, which for Nydus images means its bootstrap."""
         self.ctr("image", "pull", "--plain-http", reference)
 
+    def run(self, reference: str, script: str) -> str:
+        """Run a script in a container that is removed afterwards; return its output."""
+        return self.ctr("run", "--rm", reference, "once", "sh", "-c", script)
+
+    def remove(self, reference: str, container: str) -> None:
+        """Remove a running container and its image."""
+        self.ctr("task", "rm", "--force", container)
+        self.ctr("container", "rm", container)
+        self.ctr("image", "rm", "--sync", reference)
+
     def nydusds(self) -> set[int]:
         """Return the numbers of the nydusd processes that the snapshotter has started."""
         return {pid for pid, words in self.box.processes().items() if "--apisock" in words}
+
+    def holders(self) -> set[int]:
+        """Return the numbers of the processes that keep what successors of nydusd need."""
+        return {
+            pid
+            for pid, words in self.box.processes().items()
+            if any(_HOLDER in word for word in words)
+        }
+
+    def system(self, method: str, target: str, body: object = None) -> tuple[int, str]:
+        """Ask the snapshotter's system controller; return status and text."""
+        return ask(self.root / "system.sock", method, target, body)
+
+    def daemon(self) -> dict[str, object]:
+        """Return what the snapshotter says of its only daemon."""
+        (daemon,) = json.loads(self.system("GET", "/api/v1/daemons")[1])
+        return daemon
+
+    def state(self) -> str:
+        """Return the state of the snapshotter's only daemon, empty when it does not answer."""
+        with contextlib.suppress(OSError):
+            text = ask(Path(str(self.daemon()["api_socket"])), "GET", "/api/v1/daemon")[1]
+            return str(json.loads(text)["state"])
+        return ""
+
+    def waiting_reads(self) -> int:
+        """Return how many reads of the kernel wait for the snapshotter's only daemon."""
+        text = ask(Path(str(self.daemon()["api_socket"])), "GET", "/metrics")[1]
+        found = _WAITING.search(text)
+        return int(found[1]) if found else 0
+
+    def kill_daemon(self) -> None:
+        """Kill the only nydusd, so that it can do nothing more."""
+        (pid,) = self.nydusds()
+        os.kill(pid, signal.SIGKILL)
+        wait_for("end of nydusd", REMOVE_SECONDS, lambda: pid not in self.nydusds())
 
     def mounts(self) -> list[str]:
         """Return the lines of the mount table about what is below our directory."""
         return [line for line in self.box.mounts() if line.split()[1].startswith(f"{self.root}/")]
 
+    def leftovers(self) -> list[str]:
+        """Return what is there of daemons: processes, mounts, sockets, directories in the cache.
+
+        Not the logs of holders that had something to say.
+        """
+        paths = [
+            *self.box.top.glob("run/nydusd/*/lock"),
+            *self.box.top.glob("run/nydusd/*/holder.sock"),
+            *self.root.glob("sn/socket/*/*.sock"),
+            *self.root.glob("sn/cache/serve-*"),
+        ]
+        return [
+            *(f"nydusd {pid}" for pid in self.nydusds()),
+            *(f"holder {pid}" for pid in self.holders()),
+            *self.mounts(),
+            *map(str, paths),
+        ]
+
+    def wait_until_clean(self) -> None:
+        """Wait until nothing of any daemon is there."""
+        try:
+            wait_for("clean end", REMOVE_SECONDS, lambda: not self.leftovers())
+        except BoxError as error:
+            raise BoxError("\n".join([str(error), *self.leftovers()])) from error
+
     def logs(self) -> str:
         """Return the ends of all logs."""
         programs = (self.registry, self.containerd, self.snapshotter)
-        return "\n".join(f"--- {program.name}:\n{program.log_end(20000)}" for program in programs)
+        texts = {program.name: program.log_end(20000) for program in programs}
+        for path in self.box.top.glob("run/nydusd/*/log"):
+            texts[str(path)] = path.read_text(errors="replace")
+        return "\n".join(f"--- {name}:\n{text}" for name, text in texts.items())
 
     def prometheus(self) -> str:
         """Return what the snapshotter publishes about its daemons."""
@@ -176,16 +280,10 @@ class Rig:
                 total += int(answer[2])
         return total
 
-    def _remove_cgroups(self) -> None:
-        """Remove what runc has left; cgroups are seen by the whole machine."""
-        for top in (*CGROUPS.glob(f"*/{self.root.name}"), *CGROUPS.glob(self.root.name)):
-            for directory, _, _ in os.walk(top, topdown=False):
-                Path(directory).rmdir()
-
     def close(self) -> None:
         """End everything and remove the directory."""
         if self._box is not None:
             self._box.close()
             self._box = None
-        self._remove_cgroups()
+        remove_cgroups(self.root.name)
         shutil.rmtree(self.root)

@@ -18,34 +18,22 @@ SECONDS = 60.0
 PIECE_SUM = f"dd if={BIG} bs={PIECE} skip=$i count=1 2>/dev/null | sha256sum"
 
 
-def run(rig, reference, script):
-    """Run a script in a container that is removed afterwards; return its output."""
-    return rig.ctr("run", "--rm", reference, "once", "sh", "-c", script)
-
-
-def remove(rig, reference, container):
-    """Remove a running container and its image."""
-    rig.ctr("task", "rm", "--force", container)
-    rig.ctr("container", "rm", container)
-    rig.ctr("image", "rm", "--sync", reference)
-
-
 def test_a_container_reads_lazily(rig, image, layers):
     reference = rig.push(image)
     rig.pull(reference)
     assert rig.fetched(image) == 0
     number = len(layers.pieces()) * 2 // 3
-    assert run(rig, reference, f"i={number}; {PIECE_SUM}").split()[0] == layers.pieces()[number]
+    assert rig.run(reference, f"i={number}; {PIECE_SUM}").split()[0] == layers.pieces()[number]
     assert 0 < rig.fetched(image) < sum(image.blobs.values()) // 3
 
 
 def test_a_container_sees_what_the_layers_say(rig, image, layers):
     reference = rig.push(image)
     rig.pull(reference)
-    lines = run(rig, reference, f"sha256sum {' '.join(sorted(layers.sums))}").splitlines()
+    lines = rig.run(reference, f"sha256sum {' '.join(sorted(layers.sums))}").splitlines()
     assert {path: digest for digest, path in map(str.split, lines)} == layers.sums
-    assert run(rig, reference, "cat /etc/hostname") == "replaced\n"
-    names = run(rig, reference, "ls -a /data").split()
+    assert rig.run(reference, "cat /etc/hostname") == "replaced\n"
+    names = rig.run(reference, "ls -a /data").split()
     assert "added" in names
     assert not {"gone", ".wh.gone"} & set(names)
 
@@ -63,46 +51,9 @@ def test_two_images_share_a_blob(rig, image, other_image, layers):
         wait_for("reading", SECONDS, lambda log=log: len(log.read_text().splitlines()) == count)
         assert [line.split()[0] for line in log.read_text().splitlines()] == layers.pieces()
     assert len(rig.nydusds()) == (1 if rig.mode == "shared" else 2)
-    remove(rig, references[1], "c1")
+    rig.remove(references[1], "c1")
     # The cache that both had still serves the other one.
     assert rig.ctr("task", "exec", "--exec-id", "e", "c0", "cat", "/etc/hostname") == "replaced\n"
-
-
-def test_the_snapshotter_restarts_under_a_reader(rig, image, layers):
-    reference = rig.push(image)
-    rig.pull(reference)
-    log = rig.root / "reader.log"
-    count = len(layers.pieces())
-    # Half of the pieces are read while there is no snapshotter, the others after its return.
-    script = (
-        f"read_to() {{ while [ $i -lt $1 ]; do {PIECE_SUM}; i=$((i+1)); done; }};"
-        f"wait_for() {{ while [ ! -e $1 ]; do sleep 0.05; done; }};"
-        f"i=0; read_to 4; wait_for /away; read_to {count // 2}; wait_for /back; read_to {count};"
-        "sleep 1000"
-    )
-    rig.ctr("run", "-d", "--log-uri", f"file://{log}", reference, "reader", "sh", "-c", script)
-
-    def read(number):
-        wait_for("reading", SECONDS, lambda: len(log.read_text().splitlines()) == number)
-
-    def touch(name):
-        rig.ctr("task", "exec", "--exec-id", name.strip("/"), "reader", "touch", name)
-
-    read(4)
-    daemons = rig.nydusds()
-    rig.snapshotter.end()
-    touch("/away")
-    read(count // 2)
-    rig.start_snapshotter()
-    assert rig.nydusds() == daemons
-    touch("/back")
-    read(count)
-    assert [line.split()[0] for line in log.read_text().splitlines()] == layers.pieces()
-    # What it found again serves new containers, and goes with its last user.
-    assert run(rig, reference, "cat /etc/hostname") == "replaced\n"
-    remove(rig, reference, "reader")
-    wait_for("end of nydusd", SECONDS, lambda: not rig.nydusds())
-    wait_for("end of the mounts", SECONDS, lambda: not rig.mounts())
 
 
 def test_removal_leaves_nothing(rig, image):
@@ -111,16 +62,15 @@ def test_removal_leaves_nothing(rig, image):
     rig.ctr("run", "-d", "--null-io", reference, "sleeper", "sleep", "1000")
     assert len(rig.nydusds()) == 1
     assert any(line.split()[2] == "erofs" for line in rig.mounts())
-    remove(rig, reference, "sleeper")
+    rig.remove(reference, "sleeper")
     if rig.mode == "shared":
         # The daemon and its own mount stay for the next image, until the snapshotter ends.
         wait_for("removal", SECONDS, lambda: len(rig.mounts()) == 1)
         assert rig.mounts()[0].split()[1] == f"{rig.root}/sn/mnt"
         assert len(rig.nydusds()) == 1
         rig.snapshotter.end()
-    wait_for("end of nydusd", SECONDS, lambda: not rig.nydusds())
-    assert not rig.mounts()
-    assert not list((rig.root / "sn/socket").glob("*/api.sock"))
+    rig.wait_until_clean()
+    assert not list(rig.box.top.glob("run/nydusd/*"))
 
 
 def test_the_snapshotter_takes_our_counters(rig, image):
@@ -140,25 +90,25 @@ def test_an_image_comes_back_after_removal(rig, image, layers):
     for _ in range(2):
         rig.pull(reference)
         rig.ctr("run", "-d", "--null-io", reference, "sleeper", "sleep", "1000")
-        remove(rig, reference, "sleeper")
+        rig.remove(reference, "sleeper")
     rig.pull(reference)
-    assert run(rig, reference, f"i=3; {PIECE_SUM}").split()[0] == layers.pieces()[3]
+    assert rig.run(reference, f"i=3; {PIECE_SUM}").split()[0] == layers.pieces()[3]
 
 
 def test_a_missing_blob_is_an_error_for_a_while(rig, image, layers):
     reference = rig.push(image)
     rig.pull(reference)
     # The programs are in the cache from here on.
-    assert run(rig, reference, f"i=3; {PIECE_SUM}").split()[0] == layers.pieces()[3]
+    assert rig.run(reference, f"i=3; {PIECE_SUM}").split()[0] == layers.pieces()[3]
     data = rig.root / "registry/docker/registry/v2/blobs"
     away = rig.root / "away"
     shutil.move(data, away)
     script = f"dd if={BIG} of=/dev/null bs={PIECE} skip=90 count=1 2>&1 || :"
-    assert "Input/output error" in run(rig, reference, script)
+    assert "Input/output error" in rig.run(reference, script)
     shutil.move(away, data)
 
     def is_read():
-        return run(rig, reference, f"i=90; {PIECE_SUM}").split()[0] == layers.pieces()[90]
+        return rig.run(reference, f"i=90; {PIECE_SUM}").split()[0] == layers.pieces()[90]
 
     # nydusd may remember a failure, so that not every reader asks a broken backend again.
     wait_for("right data", SECONDS, is_read)
@@ -172,6 +122,6 @@ def test_debian_with_prefetching(make_rig, mode, debian, debian_sums):
     assert rig.ctr("run", "--rm", reference, "python", "python3", "-c", program) == "[1]\n"
     # The list of paths is longer than an argument may be.
     script = "find / -xdev -type f ! -path '/run/*' ! -path '/proc/*' -print0 | xargs -0 sha256sum"
-    lines = run(rig, reference, script).splitlines()
+    lines = rig.run(reference, script).splitlines()
     sums = dict(line.split("  ", 1)[::-1] for line in lines)
     assert {path: sums.get(path) for path in debian_sums} == debian_sums

@@ -137,7 +137,8 @@ class Runtime:
         place = Path(record.work_dir)
         if record.transport == Transport.NBD:
             self._inherit_disks(place)
-        domain = self._domains.get((place, Transport(record.transport)))
+        ways = {str(way): way for way in Transport}
+        domain = self._domains.get((place, ways.get(record.transport, Transport.AUTO)))
         if domain is None:
             raise HolderError("the holder does not have this cache directory", path=place)
         image.adopt(domain, record, key)

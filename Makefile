@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := erofs builder fscache kata overlayfs_helper
+SOURCES := erofs builder fscache kata overlayfs_helper vm-images
 PYTEST := $(BIN)/python -m pytest
 # Where /tmp is a tmpfs, the kernel takes no pre-content marks on it.
 export TMPDIR ?= /var/tmp
@@ -33,12 +33,12 @@ demo: install ## build a real root filesystem, mount it lazily, run programs fro
 .PHONY: test
 test: install ## all tests that need no other machine; kernel tests when root
 	@.ci/packages erofs-utils attr acl libcap2-bin e2fsprogs tar \
-		fuse3 cryptsetup-bin fdisk qemu-utils
-	@$(PYTEST) --ignore=tests/real $(PYTEST_ARGS)
+		fuse3 cryptsetup-bin fdisk qemu-utils busybox-static
+	@$(PYTEST) --ignore=tests/real --ignore=tests/vm $(PYTEST_ARGS)
 
 .PHONY: test-long
 test-long: install ## kill series and large trees, many minutes
-	@$(PYTEST) --ignore=tests/real -m long $(PYTEST_ARGS)
+	@$(PYTEST) --ignore=tests/real --ignore=tests/vm -m long $(PYTEST_ARGS)
 
 .PHONY: test-real
 test-real: install ## containers by containerd and nydus-snapshotter; needs root and Go
@@ -46,12 +46,18 @@ test-real: install ## containers by containerd and nydus-snapshotter; needs root
 	@$(BIN)/python -m tests.real.peers
 	@$(PYTEST) tests/real $(PYTEST_ARGS)
 
+.PHONY: test-vm
+test-vm: install ## tests in virtual machines under other kernels, which Debian has; best as root
+	@.ci/packages qemu-system-x86 qemu-system-common busybox-static kmod zstd lz4 e2fsprogs
+	@vm-images/run --fetch || echo "some kernels could not be made; what needs them says so" >&2
+	@$(PYTEST) tests/vm $(PYTEST_ARGS)
+
 .PHONY: lint
 lint: install ## ruff, mypy, import contracts, spelling
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports
+	@PYTHONPATH=vm-images $(BIN)/lint-imports
 	@$(BIN)/codespell $(SOURCES) tests docs README.md CHANGELOG.md CONTRIBUTING.md
 
 .PHONY: format

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from builder.errors import BuildError
 from fscache.backend import Backend, LocalFsConfig, open_backend
+from fscache.backend.base import BlobReader, check_blob_id
 from fscache.backend.config import ConfigTable, backend_config
 from fscache.backend.settings import BackendConfig
 
 __all__ = [
     "BACKEND_TYPES",
+    "BlobPlaces",
     "blob_directory",
     "blob_file",
     "configured_backend",
@@ -20,6 +22,24 @@ __all__ = [
 
 # The types of the real tool; `localfs` is what --blob-dir is for.
 BACKEND_TYPES = ("oss", "s3", "registry", "localdisk", "http-proxy")
+
+
+class BlobPlaces:
+    """Blobs of a directory, and those that it does not have from another backend.
+
+    Both backends stay the caller's.
+    """
+
+    def __init__(self, directory: Path, local: Backend, remote: Backend | None) -> None:
+        self._directory = directory
+        self._local = local
+        self._remote = remote
+
+    def open(self, blob_id: str) -> BlobReader:
+        """Return a reader of one blob; raise `NydusError` when that id is refused."""
+        if self._remote is None or (self._directory / check_blob_id(blob_id)).is_file():
+            return self._local.open(blob_id)
+        return self._remote.open(blob_id)
 
 
 def blob_file(path: Path) -> Backend:

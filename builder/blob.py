@@ -20,7 +20,7 @@ from erofs.framing import TocEntry
 from erofs.rafs import BlobEntry, BlobFeatures, ChunkFlags, Compressor, Digester
 from erofs.view import align_up
 
-__all__ = ["BlobFormat", "BlobWriter", "CacheSink", "Place", "Stored"]
+__all__ = ["BlobFormat", "BlobWriter", "CacheSink", "Place", "Stored", "pack_v1"]
 
 Data = bytes | bytearray | memoryview
 
@@ -82,6 +82,8 @@ class BlobFormat:
         batch_size: bytes of small chunks that are compressed together, 0 for none.
         cipher: encrypts chunks and the compression table.
         offset: where the blob will begin in what holds it; only without framing.
+        framed: tar headers behind the sections even if no feature tells, which readers need
+            not know.
     """
 
     compressor: Compressor
@@ -92,6 +94,7 @@ class BlobFormat:
     batch_size: int = 0
     cipher: BlobCipher | None = None
     offset: int = 0
+    framed: bool = False
 
     @property
     def features(self) -> BlobFeatures:
@@ -132,7 +135,7 @@ class BlobWriter:
         self._cache = cache
         self.features = form.features
         self._is_v2 = bool(self.features & BlobFeatures.CHUNK_INFO_V2)
-        self._framed = bool(self.features & BlobFeatures.HAS_TAR_HEADER)
+        self._framed = form.framed or bool(self.features & BlobFeatures.HAS_TAR_HEADER)
         self._own_flags = _ENCRYPTED if form.cipher is not None else 0
         self._table = bytearray()
         self._contexts: list[BatchContext | ZranContext] = []
@@ -166,7 +169,7 @@ class BlobWriter:
         if stored.is_compressed:
             chunk.flags |= _COMPRESSED
         self._write_stored(stored.data)
-        self._table += self._pack_v2(chunk) if self._is_v2 else _pack_v1(chunk)
+        self._table += self._pack_v2(chunk) if self._is_v2 else pack_v1(chunk)
 
     def _place(self, chunk: Chunk, data: Data) -> None:
         """Give a chunk its number and its place in the uncompressed space."""
@@ -373,7 +376,8 @@ class BlobWriter:
         return self.blob_id(), self.position
 
 
-def _pack_v1(chunk: Chunk) -> bytes:
+def pack_v1(chunk: Chunk) -> bytes:
+    """Return the entry of version 1 of a chunk that is placed."""
     return CompressionInfo(
         chunk.uncompressed_offset,
         chunk.uncompressed_size,

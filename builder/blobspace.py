@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
+from builder.blobfiles import BlobFiles
 from erofs import CorruptStructure, IntegrityError, UnsupportedFeature, digest
 from erofs.blobcheck import read_compression_table
 from erofs.blobmeta import parse_digests
@@ -24,12 +25,7 @@ from fscache.backend.retry import RetryPolicy
 __all__ = ["BlobSpace", "Piece", "open_space"]
 
 READ_BYTES = 1 << 20
-_UNSUPPORTED = (
-    BlobFeatures.ZRAN
-    | BlobFeatures.SEPARATE
-    | BlobFeatures.EXTERNAL
-    | BlobFeatures.IS_CHUNKDICT_GENERATED
-)
+_UNSUPPORTED = BlobFeatures.EXTERNAL | BlobFeatures.IS_CHUNKDICT_GENERATED
 
 
 class Piece(NamedTuple):
@@ -90,18 +86,18 @@ class _NativeSpace:
     A chunk that neither of them knows is one that no file has; only its size is checked.
     """
 
-    def __init__(self, entry: BlobEntry, reader: ReadAt, infos: Iterable[ChunkInfo]) -> None:
+    def __init__(self, entry: BlobEntry, files: BlobFiles, infos: Iterable[ChunkInfo]) -> None:
         self._entry = entry
-        self._reader = reader
+        self._reader = files.data
         self._data = StoredData(entry)
-        self._table = table = read_compression_table(reader, entry)
+        self._table = table = read_compression_table(files.tables, entry)
         if table.uncompressed_size != entry.uncompressed_size:
             raise CorruptStructure(
                 "chunks do not fill their blob",
                 expected=entry.uncompressed_size,
                 got=table.uncompressed_size,
             )
-        self._digests = _array(entry, reader)
+        self._digests = _array(entry, files.tables)
         for info in infos:
             if info.chunk_index >= len(table.entries) or not table.agrees(info):
                 raise CorruptStructure(
@@ -110,33 +106,36 @@ class _NativeSpace:
             self._digests[info.chunk_index] = info.digest
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield neighbours together, a batch never in two pieces."""
+        """Yield neighbours together, a context never in two pieces."""
         first, start, end = 0, 0, 0
+        last = None
         for index in range(len(self._table.entries)):
             offset, length = self._table.stored_range(index)
+            context = self._table.context_of(index)
+            is_split = context is None or context != last
             if index == first:
                 start = offset
-            elif offset + length - start > READ_BYTES and offset != end - length:
+            elif offset + length - start > READ_BYTES and is_split:
                 yield Piece(start, end - start, first, index)
                 first, start = index, offset
-            end = offset + length
+            end, last = offset + length, context
         if self._table.entries:
             yield Piece(start, end - start, first, len(self._table.entries))
 
     def read(self, piece: Piece) -> Iterator[tuple[int, bytes | memoryview]]:
         stored = memoryview(self._reader.read_at(piece.offset, piece.length))
-        batch, buffer = None, memoryview(b"")
+        context, buffer = None, memoryview(b"")
         for index in range(piece.first, piece.end):
             with error_context(blob=self._entry.id, chunk=index):
                 offset, length = self._table.stored_range(index)
                 data = stored[offset - piece.offset : offset - piece.offset + length]
-                number = self._table.batch_of(index)
+                number = self._table.context_of(index)
                 if number is None:
                     plain = self._data.entry(self._table, index, data)
                 else:
-                    if number != batch:
-                        context = self._table.batches[number]
-                        batch, buffer = number, memoryview(self._data.batch(context, data))
+                    if number != context:
+                        content = self._data.context(self._table, number, data)
+                        context, buffer = number, memoryview(content)
                     plain = self._table.cut(index, buffer)
                 self._verify(index, plain)
                 yield self._table.entries[index].uncompressed_offset, plain
@@ -167,24 +166,25 @@ def _array(entry: BlobEntry, reader: ReadAt) -> dict[int, bytes]:
     return dict(enumerate(parse_digests(array, entry.chunk_count)))
 
 
-def open_space(entry: BlobEntry, reader: ReadAt, infos: Iterable[ChunkInfo]) -> BlobSpace:
+def open_space(entry: BlobEntry, files: BlobFiles, infos: Iterable[ChunkInfo]) -> BlobSpace:
     """Return the uncompressed space of a blob.
 
     Args:
         entry: of the blob table.
-        reader: the blob as it is stored.
+        files: the blob as it is stored.
         infos: what the bootstrap's chunk table has of this blob.
 
     Raises:
         UnsupportedFeature: the space cannot be made of this blob alone.
         FormatError, IntegrityError, CodecError: blob and bootstrap do not fit together.
-        NydusError: what `reader` raises.
+        NydusError: what the readers raise.
     """
     found = BlobFeatures(entry.features) & _UNSUPPORTED
     if found:
         kinds = ", ".join((feature.name or "").lower() for feature in found)
         raise UnsupportedFeature("a disk of such blobs", blob=entry.id, got=kinds)
+    retrying = BlobFiles(_Retrying(files.data), _Retrying(files.tables))
     with error_context(blob=entry.id):
         if entry.features & BlobFeatures.TARFS:
-            return _TarSpace(entry, _Retrying(reader))
-        return _NativeSpace(entry, _Retrying(reader), infos)
+            return _TarSpace(entry, retrying.data)
+        return _NativeSpace(entry, retrying, infos)

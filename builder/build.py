@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from builder.blob import BlobFormat, BlobWriter
 from builder.blobtable import BlobTable
-from builder.cachefiles import CacheFiles, Discard
+from builder.cachefiles import CacheFiles, Discard, TableOnly
 from builder.chunkdict import load_dictionary
 from builder.chunker import Chunker, Deduplication
 from builder.consistency import Profile
@@ -21,10 +21,16 @@ from builder.options import BuildOptions, BuildResult, SourceType, check_options
 from builder.output import OutputFile, write_file
 from builder.parent import ParentImage, load_parent
 from builder.prefetch import PrefetchPolicy, files_below, parse_patterns, pattern_nodes
-from builder.reference import ReferenceChunker, ReferenceWriter, load_layer
+from builder.reference import (
+    ReferenceChunker,
+    ReferenceWriter,
+    load_layer,
+    refer_to_members,
+)
 from builder.source.directory import ScannedDirectory
 from builder.source.opening import open_tar, source_name
 from builder.source.tar import load_tar
+from builder.stargz import read_toc
 from builder.tarfs import index_tar
 from erofs import BootstrapSpec, Node, write_bootstrap
 from erofs.rafs import INLINED_BLOB_ID, BlobEntry, BlobFeatures, Compressor, Digester
@@ -42,16 +48,19 @@ EXTERNAL_SUFFIX = ".external"
 class _Outputs:
     """Where a blob goes: a file, a directory, or cache files."""
 
-    def __init__(self, blob: OutputFile | None, cache: CacheFiles | None, is_named: bool) -> None:
+    def __init__(
+        self, blob: OutputFile | None, cache: CacheFiles | TableOnly | None, is_named: bool
+    ) -> None:
         self.blob = blob
         self.cache = cache
         self._is_named = is_named
 
-    def commit(self, blob_id: str) -> Path | None:
-        """Make the blob durable under its name; raise `BuildError`."""
-        if self.cache is not None:
-            return self.cache.commit(blob_id)
-        return None if self.blob is None else self.blob.commit(None if self._is_named else blob_id)
+    def commit(self, blob_id: str, file_name: str) -> Path | None:
+        """Make the blob durable under its name, and the cache by the blob's; raise `BuildError`."""
+        path = None if self.cache is None else self.cache.commit(blob_id)
+        if self.blob is None:
+            return path
+        return self.blob.commit(None if self._is_named else file_name)
 
 
 @contextmanager
@@ -60,12 +69,14 @@ def _open_outputs(options: BuildOptions) -> Iterator[_Outputs]:
         with CacheFiles(options.blob_cache_dir) as cache:
             yield _Outputs(None, cache, False)
         return
+    table = None if options.blob_meta is None else TableOnly(options.blob_meta)
     target = options.blob or options.blob_dir
     if target is None:
-        raise BuildError("neither a blob nor a directory for it was given")
+        yield _Outputs(None, table, False)
+        return
     mode = BLOB_MODE if options.blob is None else BLOB_FILE_MODE
     with OutputFile(target, mode) as blob:
-        yield _Outputs(blob, None, options.blob is not None)
+        yield _Outputs(blob, table, options.blob is not None)
 
 
 def _form(options: BuildOptions) -> BlobFormat:
@@ -137,6 +148,19 @@ class _Builder:
             chunker.finish()
         self.result.stats = chunker.stats
         return root, writer
+
+    def refer_to_toc(self, source: Path | BinaryIO, outputs: _Outputs) -> tuple[Node, BlobWriter]:
+        """Make tables for a layer of which only the table of contents is there."""
+        options = self.options
+        writer = ReferenceWriter(
+            outputs.blob or Discard(), _form(options), outputs.cache, members=True
+        )
+        with self.result.timed("build_tree"):
+            toc = read_toc(source, options.chunk_size, options.blob_data_size, options.source)
+            self.result.stats = refer_to_members(
+                toc, writer, self.dedup, options.blob_id or "", options.blob_data_size
+            )
+        return toc.root, writer
 
     def _load(self, source: Path | BinaryIO, chunker: Chunker) -> Node:
         """Read the source and feed its content to the chunker; raise `BuildError`."""
@@ -241,7 +265,9 @@ def build(source: Path | BinaryIO, options: BuildOptions) -> BuildResult:
     with result.timed("total_build"), _open_outputs(options) as outputs:
         builder = _Builder(options, result)
         builder.load_others()
-        if options.source_type.is_reference:
+        if options.source_type is SourceType.ESTARGZTOC_REF:
+            root, writer = builder.refer_to_toc(source, outputs)
+        elif options.source_type.is_reference:
             root, writer = builder.refer(source, outputs)
         else:
             root, writer = builder.store(source, outputs)
@@ -285,7 +311,7 @@ def _finish_inlined(
             external.sync()
         elif builder.external is not None:
             raise BuildError("external files need --external-blob for their metadata")
-        result.blob_path = outputs.commit(writer.blob_id())
+        result.blob_path = outputs.commit(writer.blob_id(), writer.blob_id())
         if external is not None:
             external.commit()
 
@@ -321,7 +347,7 @@ def _finish_separate(
             # External content is where it is; who asks for a file gets one.
             _written(stack, options.external_blob, BLOB_FILE_MODE, b"").commit()
         if own is not None:
-            result.blob_path = outputs.commit(writer.file_name(own))
+            result.blob_path = outputs.commit(own.id, writer.file_name(own))
         result.bootstrap = main.commit(digest)
         if external is not None:
             result.external_bootstrap = external.commit()

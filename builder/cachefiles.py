@@ -8,11 +8,11 @@ from types import TracebackType
 from typing import Self
 
 from builder.errors import BuildError
-from builder.output import OutputFile
+from builder.output import OutputFile, write_file
 from erofs.blobmeta import CI_ALIGNMENT
 from erofs.citable import pack_cached
 
-__all__ = ["CacheFiles", "Discard"]
+__all__ = ["CacheFiles", "Discard", "TableOnly"]
 
 MODE = 0o600
 DATA_SUFFIX = ".blob.data"
@@ -24,6 +24,27 @@ class Discard:
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Forget bytes."""
+
+
+class TableOnly:
+    """The compression table alone, in the form of caches, at a path of the caller's."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._content: bytes | None = None
+
+    def write_chunk(self, data: bytes | bytearray | memoryview) -> None:
+        """Forget the content of a chunk."""
+
+    def write_table(self, plain: bytes, header: bytes) -> None:
+        """Take the plain compression table and its header."""
+        self._content = pack_cached(plain, header)
+
+    def commit(self, blob_id: str) -> Path:
+        """Write the table, whatever its blob is called; raise `BuildError`."""
+        if self._content is None:
+            raise BuildError("table of a blob without data", blob=blob_id)
+        return write_file(self._path, self._content, MODE)
 
 
 class CacheFiles:

@@ -52,7 +52,7 @@ class ChunkDictionary:
         self._chunks: dict[bytes, ChunkInfo] = {}
         for chunk in chunks:
             self._chunks.setdefault(chunk.digest, chunk)
-        self._blobs = blobs
+        self.blobs = blobs
         self._used: dict[bytes, Chunk] = {}
 
     def find(self, digest: bytes, size: int, table: BlobTable) -> Chunk | None:
@@ -63,7 +63,7 @@ class ChunkDictionary:
         chunk = self._used.get(digest)
         if chunk is None:
             chunk = self._used[digest] = Chunk.from_info(found)
-            chunk.blob_index = table.add(self._blobs[found.blob_index])
+            chunk.blob_index = table.add(self.blobs[found.blob_index])
         return chunk
 
 

@@ -65,6 +65,21 @@ class Deduplication:
                 return found
         return self.known.get(key)
 
+    def new_chunk(self, digest: bytes, size: int, crc32c: int = 0) -> Chunk:
+        """Return a chunk of the image's own blob that has no place yet."""
+        return Chunk(
+            digest=digest,
+            blob_index=self.table.own(),
+            flags=0,
+            compressed_size=0,
+            uncompressed_size=size,
+            compressed_offset=0,
+            uncompressed_offset=0,
+            file_offset=0,
+            chunk_index=0,
+            crc32c=crc32c,
+        )
+
 
 @dataclass(slots=True)
 class ChunkerStats:
@@ -158,18 +173,7 @@ class Chunker:
             self._progress(size)
 
     def _new_chunk(self, worked: Worked) -> Chunk:
-        chunk = Chunk(
-            digest=worked.digest,
-            blob_index=self._dedup.table.own(),
-            flags=0,
-            compressed_size=0,
-            uncompressed_size=len(worked.data),
-            compressed_offset=0,
-            uncompressed_offset=0,
-            file_offset=0,
-            chunk_index=0,
-            crc32c=worked.crc32c,
-        )
+        chunk = self._dedup.new_chunk(worked.digest, len(worked.data), worked.crc32c)
         if worked.stored is None:
             self._packer.add_small(chunk, worked.data)
         else:

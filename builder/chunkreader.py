@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
 
+from builder.blobfiles import BlobFiles, BlobProvider, open_blob
 from erofs import Chunk, CorruptStructure, IntegrityError, UnsupportedFeature, digest
 from erofs.blobcheck import read_compression_table
 from erofs.citable import CompressionTable
@@ -22,19 +23,12 @@ from fscache.backend.retry import RetryPolicy
 
 __all__ = ["BlobProvider", "ChunkReader", "read_chunk", "require_plain"]
 
-_UNSUPPORTED = BlobFeatures.ZRAN | BlobFeatures.EXTERNAL
+_UNSUPPORTED = BlobFeatures.EXTERNAL
 _KNOWN_FLAGS = ChunkFlags.COMPRESSED | ChunkFlags.ENCRYPTED | ChunkFlags.HAS_CRC
 
 
-class BlobProvider(Protocol):
-    """A place that holds blobs under their ids."""
-
-    def open(self, blob_id: str) -> ReadAt:
-        """Return a reader of one blob; raise `NydusError` when that id is refused."""
-
-
 def require_plain(blob: BlobEntry) -> None:
-    """Raise `UnsupportedFeature` unless the blob itself has its chunks."""
+    """Raise `UnsupportedFeature` unless its chunks can be read."""
     found = BlobFeatures(blob.features) & _UNSUPPORTED
     if found:
         kinds = ", ".join((feature.name or "").lower() for feature in found)
@@ -79,22 +73,22 @@ def _verify(blob: BlobEntry, chunk: Chunk, data: bytes | memoryview) -> None:
         )
 
 
-class _BatchedBlob:
-    """A blob with batches: only its own table knows where their chunks are (spec 2.5)."""
+class _TabledBlob:
+    """A blob of batches or gzip data: only its own table knows how to get at a chunk."""
 
-    def __init__(self, entry: BlobEntry, reader: ReadAt) -> None:
+    def __init__(self, entry: BlobEntry, files: BlobFiles) -> None:
         self._entry = entry
-        self._reader = reader
+        self._files = files
         self._data = StoredData(entry)
         self._table: CompressionTable | None = None
         self._offsets: list[int] = []
-        self._batch: tuple[int, bytes | memoryview] | None = None
+        self._context: tuple[int, bytes | bytearray | memoryview] | None = None
 
     def read(self, chunk: Chunk) -> bytes | memoryview:
         """Return the verified content of a chunk; raise `NydusError`."""
         with error_context(blob=self._entry.id, chunk=chunk.chunk_index):
             if self._table is None:
-                self._table = read_compression_table(self._reader, self._entry)
+                self._table = read_compression_table(self._files.tables, self._entry)
                 self._offsets = [entry.uncompressed_offset for entry in self._table.entries]
             # Not by index: that of a generated dictionary is its own (spec 4.12).
             index = bisect_left(self._offsets, chunk.uncompressed_offset)
@@ -106,14 +100,14 @@ class _BatchedBlob:
         return data
 
     def _content(self, table: CompressionTable, index: int) -> bytes | memoryview:
-        number = table.batch_of(index)
+        number = table.context_of(index)
         if number is None:
-            stored = self._reader.read_at(*table.stored_range(index))
+            stored = self._files.data.read_at(*table.stored_range(index))
             return self._data.entry(table, index, stored)
-        if self._batch is None or self._batch[0] != number:
-            stored = self._reader.read_at(*table.stored_range(index))
-            self._batch = number, self._data.batch(table.batches[number], stored)
-        return table.cut(index, self._batch[1])
+        if self._context is None or self._context[0] != number:
+            stored = self._files.data.read_at(*table.stored_range(index))
+            self._context = number, self._data.context(table, number, stored)
+        return table.cut(index, self._context[1])
 
 
 class ChunkReader:
@@ -123,10 +117,15 @@ class ChunkReader:
         blobs: the blob table.
         ids: under which the blobs are stored, in table order.
         provider: where they are; its readers are opened on first use.
+        bootstrap: the file with the blob table, which may hold tables, too.
     """
 
     def __init__(
-        self, blobs: Sequence[BlobEntry], ids: Sequence[str], provider: BlobProvider
+        self,
+        blobs: Sequence[BlobEntry],
+        ids: Sequence[str],
+        provider: BlobProvider,
+        bootstrap: Path | None = None,
     ) -> None:
         for blob in blobs:
             require_plain(blob)
@@ -136,7 +135,8 @@ class ChunkReader:
         ]
         self._ids = ids
         self._provider = provider
-        self._readers: dict[int, ReadAt | _BatchedBlob] = {}
+        self._bootstrap = bootstrap
+        self._readers: dict[int, ReadAt | _TabledBlob] = {}
         self._policy = RetryPolicy()
         self._stop = threading.Event()
         # A file of zeros has one chunk many times over.
@@ -155,10 +155,10 @@ class ChunkReader:
         blob = self._blobs[index]
         reader = self._readers.get(index)
         if reader is None:
-            reader = self._provider.open(self._ids[index])
-            if blob.features & BlobFeatures.BATCH:
-                reader = _BatchedBlob(blob, reader)
+            files = open_blob(blob, self._ids[index], self._provider, self._bootstrap)
+            tabled = blob.features & (BlobFeatures.BATCH | BlobFeatures.ZRAN)
+            reader = _TabledBlob(blob, files) if tabled else files.data
             self._readers[index] = reader
-        if isinstance(reader, _BatchedBlob):
+        if isinstance(reader, _TabledBlob):
             return reader.read(chunk)
         return read_chunk(reader, blob, chunk)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from builder.chunkreader import BlobProvider, read_chunk, require_plain
+from builder.blobfiles import BlobProvider, open_blob
+from builder.chunkreader import read_chunk, require_plain
 from erofs import (
     AnyBootstrap,
     Bootstrap,
     BootstrapV5,
     Chunk,
     NydusError,
-    UnsupportedFeature,
 )
 from erofs.blobcheck import check_blob
 from erofs.check import ERROR, WARNING, Finding
@@ -25,20 +26,22 @@ _WINDOW = 1 << 20
 
 
 def check_data(
-    image: AnyBootstrap, ids: Sequence[str], blobs: BlobProvider
+    image: AnyBootstrap, ids: Sequence[str], blobs: BlobProvider, bootstrap: Path | None = None
 ) -> Iterator[tuple[str, Finding]]:
     """Yield (blob id, finding) after reading every chunk of every blob; nothing means all is well.
 
     A blob of a kind that cannot be checked is an error. Memory is bounded by the tables of
-    one blob; for v5, which has its chunks in the inodes, by those of all. Raises `OSError`
-    when reading fails in a way that is not about one blob.
+    one blob; for v5, which has its chunks in the inodes, by those of all. `bootstrap` is the
+    file of the image, which may hold tables. Raises `OSError` when reading fails in a way that
+    is not about one blob.
     """
     chunks = _chunks_v5(image) if isinstance(image, BootstrapV5) else []
     for blob_id, entry in zip(ids, image.blobs, strict=True):
         try:
-            _require_checkable(entry)
-            reader = blobs.open(blob_id)
+            require_plain(entry)
+            reader, tables = open_blob(entry, blob_id, blobs, bootstrap)
             reader.size()
+            tables.size()
         except NydusError as error:
             yield blob_id, Finding(ERROR, error.reason)
             continue
@@ -46,7 +49,7 @@ def check_data(
             yield from ((blob_id, finding) for finding in _check_tar(entry, reader))
             continue
         findings = (
-            check_blob(entry, reader, image, data=True)
+            check_blob(entry, reader, image, tables=tables, data=True)
             if isinstance(image, Bootstrap)
             else _check_chunks(entry, reader, chunks[entry.blob_index])
         )
@@ -92,9 +95,3 @@ def _check_chunks(
             yield Finding(
                 ERROR, f"chunk {info.chunk_index}: {error.reason}", None, info.compressed_offset
             )
-
-
-def _require_checkable(blob: BlobEntry) -> None:
-    require_plain(blob)
-    if blob.features & BlobFeatures.SEPARATE:
-        raise UnsupportedFeature("checking data that is an original layer")

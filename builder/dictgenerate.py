@@ -30,7 +30,6 @@ DICTIONARY_NAME = b"chunkdict"
 _DIRECTORY_MODE = stat.S_IFDIR | 0o660
 _FILE_MODE = stat.S_IFREG | 0o660
 _OWNER = 1000
-_ENCODED = BlobFeatures.BATCH | BlobFeatures.ENCRYPTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,30 +127,27 @@ def _chunk_rows(
 
 
 def _completed(database: ChunkDatabase, chosen: Iterable[ChunkRow]) -> list[ChunkRow]:
-    """Return the chosen chunks and all others of their blobs, sorted by place."""
-    rows = dict.fromkeys(chosen)
-    for blob_id in dict.fromkeys(row.blob_id for row in rows):
-        rows.update(dict.fromkeys(database.chunks(blob_id)))
-    sizes: dict[str, int] = {}
-    for row in rows:
-        sizes[row.blob_id] = sizes.get(row.blob_id, 0) + row.uncompressed_size
-    for blob_id, size in sizes.items():
+    """Return all chunks of the blobs that have chosen ones, each once, sorted by place."""
+    rows: list[ChunkRow] = []
+    for blob_id in sorted({row.blob_id for row in chosen}):
+        found = {
+            (row.compressed_offset, row.uncompressed_offset, row.digest): row
+            for row in database.chunks(blob_id)
+        }
+        size = sum(row.uncompressed_size for row in found.values())
         if size < BLOCK_SIZE:
             logger.warning("Blob with id '%s' is smaller than %s bytes.", blob_id, BLOCK_SIZE)
-    kept = (row for row in rows if sizes[row.blob_id] >= BLOCK_SIZE)
-    return sorted(
-        kept,
-        key=lambda row: (
-            row.blob_id, row.compressed_offset, row.uncompressed_offset, row.digest
-        ),
-    )  # fmt: skip
+        else:
+            rows += [found[place] for place in sorted(found)]
+    return rows
 
 
 class _Writer:
     """Makes the one file that refers to all chunks, and the blob table of a dictionary."""
 
-    def __init__(self, collector: _Collector) -> None:
+    def __init__(self, collector: _Collector, profile: Profile) -> None:
         self._collector = collector
+        self._chunk_size = profile.chunk_size
         self._blobs: dict[str, BlobEntry] = {}
         self.file = Node(_FILE_MODE)
 
@@ -159,14 +155,11 @@ class _Writer:
         """Append a chunk to the file."""
         blob = self._blobs.get(row.blob_id) or self._entry(row.blob_id)
         index = blob.chunk_count
-        self._blobs[row.blob_id] = blob._replace(
-            chunk_count=index + 1, uncompressed_size=blob.uncompressed_size + row.uncompressed_size
-        )
-        flags = 0
-        if blob.compressor and row.compressed_size != row.uncompressed_size:
+        self._blobs[row.blob_id] = blob._replace(chunk_count=index + 1)
+        flags = ChunkFlags.ENCRYPTED if blob.cipher else ChunkFlags(0)
+        # Of chunks in batches the stored size is not known here; it is 0.
+        if 0 < row.compressed_size != row.uncompressed_size and blob.compressor:
             flags |= ChunkFlags.COMPRESSED
-        if blob.features & _ENCODED:
-            flags = self._encoded_flags(blob, row)
         self.file.chunks.append(
             Chunk(
                 digest=bytes.fromhex(row.digest),
@@ -184,45 +177,33 @@ class _Writer:
         self.file.size += row.uncompressed_size
 
     def _entry(self, blob_id: str) -> BlobEntry:
-        """Return the entry of a blob; its sizes count what the dictionary has (spec 4.12)."""
+        """Return the entry of a blob, its chunks not counted yet; raise `BuildError`."""
         row = self._collector.database.blob(blob_id)
         known = self._collector.entries.get(blob_id)
-        features = self._collector.features if known is None else known.features
-        if self._collector.profile is None:
-            raise BuildError("no images for a dictionary")
+        generated = BlobFeatures.IS_CHUNKDICT_GENERATED
+        if known is not None:
+            return known._replace(
+                blob_index=len(self._blobs), chunk_count=0, features=known.features | generated
+            )
         compressors = {name: compressor for compressor, name in COMPRESSOR_NAMES.items()}
-        entry = BlobEntry(
+        compressor = compressors.get(row.compressor, self._collector.compressor)
+        is_raw = row.ci_compressed_size == row.ci_uncompressed_size
+        return BlobEntry(
             blob_id=blob_id.encode("ascii", "backslashreplace"),
             blob_index=len(self._blobs),
-            chunk_size=self._collector.profile.chunk_size,
+            chunk_size=self._chunk_size,
             chunk_count=0,
-            compressor=compressors.get(row.compressor, self._collector.compressor),
+            compressor=compressor,
             digester=self._collector.digester,
-            features=features | BlobFeatures.IS_CHUNKDICT_GENERATED,
-            compressed_size=0,
-            uncompressed_size=0,
+            features=self._collector.features | generated,
+            compressed_size=row.compressed_size,
+            uncompressed_size=row.uncompressed_size,
             blob_toc_size=0,
-            # The real builder leaves this here, whatever the table is compressed with.
-            ci_compressor=Compressor.ZSTD,
+            ci_compressor=Compressor.NONE if is_raw else compressor,
             ci_offset=row.ci_offset,
             ci_compressed_size=row.ci_compressed_size,
             ci_uncompressed_size=row.ci_uncompressed_size,
         )
-        if known is not None and known.cipher:
-            entry = entry._replace(
-                blob_meta_digest=known.blob_meta_digest,
-                blob_meta_size=known.blob_meta_size,
-                cipher_iv=known.cipher_iv,
-                cipher=known.cipher,
-            )
-        return entry
-
-    @staticmethod
-    def _encoded_flags(blob: BlobEntry, row: ChunkRow) -> int:
-        """Return the flags of a chunk that may be encrypted or in a batch (spec 2.5)."""
-        flags = ChunkFlags.ENCRYPTED if blob.features & BlobFeatures.ENCRYPTED else ChunkFlags(0)
-        is_shorter = 0 < row.compressed_size < row.uncompressed_size
-        return flags | (ChunkFlags.COMPRESSED if is_shorter else 0)
 
     @property
     def blobs(self) -> list[BlobEntry]:
@@ -253,11 +234,11 @@ def generate_dictionary(sources: Sequence[Path], options: DictionaryOptions) -> 
         logger.info("It is not recommended to use image deduplication")
         for name in choice.noise:
             logger.info("%s", name)
-        writer = _Writer(collector)
-        for row in rows:
-            writer.add(row)
         if collector.profile is None:
             raise BuildError("no images for a dictionary")
+        writer = _Writer(collector, collector.profile)
+        for row in rows:
+            writer.add(row)
         root = Node(
             _DIRECTORY_MODE, uid=_OWNER, gid=_OWNER, children={DICTIONARY_NAME: writer.file}
         )

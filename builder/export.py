@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 
+from builder.blobfiles import BlobProvider, open_blob
 from builder.blobspace import BlobSpace, Piece, open_space
 from builder.bootstrap import blob_ids, open_any_bootstrap
-from builder.chunkreader import BlobProvider
 from builder.hashtree import add_hash_tree
 from builder.listing import log_features
 from builder.output import OutputDisk
@@ -88,7 +88,7 @@ class _Copier:
         self._progress = progress
 
     def pieces(
-        self, image: Bootstrap, ids: Sequence[str], blobs: BlobProvider
+        self, image: Bootstrap, ids: Sequence[str], blobs: BlobProvider, bootstrap: Path
     ) -> Iterator[tuple[Extent, BlobSpace, Piece]]:
         """Yield what there is to copy, opening one blob after the other."""
         infos: list[list[ChunkInfo]] = [[] for _ in ids]
@@ -97,7 +97,8 @@ class _Copier:
                 infos[info.blob_index].append(info)
         for blob, blob_id, extent in zip(image.blobs, ids, self._extents, strict=True):
             stored = blob._replace(blob_id=blob_id.encode("ascii", "backslashreplace"))
-            space = open_space(stored, blobs.open(blob_id), infos[blob.blob_index])
+            files = open_blob(stored, blob_id, blobs, bootstrap)
+            space = open_space(stored, files, infos[blob.blob_index])
             yield from zip(repeat(extent), repeat(space), space.pieces())
 
     def copy(self, pieces: Iterator[tuple[Extent, BlobSpace, Piece]]) -> None:
@@ -149,7 +150,7 @@ def export_block(
                 # A copy: an error must not hold on to the mapping.
                 disk.write_at(offset, bytes(image.view.data[offset : offset + _COPY_BYTES]))
             copier = _Copier(disk, extents, options.progress)
-            share_out(copier.pieces(image, ids, blobs), [copier.copy] * options.threads)
+            share_out(copier.pieces(image, ids, blobs, bootstrap), [copier.copy] * options.threads)
             tree = None
             if options.verity is not None:
                 form = options.verity.format(image.block_size)

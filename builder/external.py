@@ -9,7 +9,7 @@ from typing import NamedTuple
 from builder.attributes import Attributes, ExternalFile
 from builder.errors import BuildError
 from erofs import Chunk, Node
-from erofs.blobmeta import DIGEST_SIZE
+from erofs.blobmeta import CI_ENTRY_V1_SIZE, DIGEST_SIZE
 from erofs.layout import BLOCK_SIZE
 from erofs.rafs import (
     MAX_CHUNKS_PER_BLOB,
@@ -106,11 +106,12 @@ class _Blobs:
             compressed_size=external.blob_size,
             uncompressed_size=align_up(external.blob_size, BLOCK_SIZE),
             blob_toc_size=0,
-            # There is no such table; the real builder leaves its default here.
-            ci_compressor=Compressor.LZ4_BLOCK,
+            # There is no such table, as the stored size says; readers want the plain one to
+            # fit the number of chunks (spec 7.1).
+            ci_compressor=Compressor.NONE,
             ci_offset=0,
             ci_compressed_size=0,
-            ci_uncompressed_size=0,
+            ci_uncompressed_size=CI_ENTRY_V1_SIZE * chunks,
         )
 
 

@@ -34,11 +34,15 @@ class SourceType(StrEnum):
     TARFS = "tar-tarfs"
     TARGZ_REF = "targz-ref"
     ESTARGZ_REF = "estargz-ref"
+    ESTARGZTOC_REF = "estargztoc-ref"
 
     @property
     def is_reference(self) -> bool:
         """Whether the content stays in the original layer."""
-        return self in (SourceType.TARGZ_REF, SourceType.ESTARGZ_REF)
+        return self in _REFERENCES
+
+
+_REFERENCES = frozenset({SourceType.TARGZ_REF, SourceType.ESTARGZ_REF, SourceType.ESTARGZTOC_REF})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,9 @@ class BuildOptions:
         blob_cache_dir: directory for the files that a daemon's cache would have, instead of
             a blob; nothing is compressed then.
         inline_bootstrap: put the metadata into the blob; then `bootstrap` must be None.
-        blob_id: name to use in place of the SHA-256.
+        blob_id: name to use in place of the SHA-256, or of a layer that is not there.
+        blob_meta: path for the compression table of such a layer, in the form of caches.
+        blob_data_size: length of such a layer in bytes, as far as it is known.
         blob_offset: where the blob will begin in what holds it, in bytes.
         toc: append digests and a table of contents to the blob.
         batch_size: bytes of small chunks that are compressed together, 0 for none.
@@ -76,6 +82,8 @@ class BuildOptions:
     blob_cache_dir: Path | None = None
     inline_bootstrap: bool = False
     blob_id: str | None = None
+    blob_meta: Path | None = None
+    blob_data_size: int | None = None
     blob_offset: int = 0
     toc: bool = False
     chunk_size: int = DEFAULT_CHUNK_SIZE
@@ -151,10 +159,13 @@ def _check_tarfs(options: BuildOptions) -> None:
 
 
 def _check_reference(options: BuildOptions) -> None:
+    is_toc = options.source_type is SourceType.ESTARGZTOC_REF
+    if is_toc and options.blob_id is None:
+        raise BuildError("--blob-id is needed: a table of contents does not name its layer")
     _conflicts(
         options.source_type,
         {
-            "--blob-id": options.blob_id is not None,
+            "--blob-id": options.blob_id is not None and not is_toc,
             "--batch-size": bool(options.batch_size),
             "--encrypt": options.encryption is not None,
             "--prefetch-policy blob": options.prefetch_policy is PrefetchPolicy.BLOB,
@@ -186,6 +197,9 @@ def _check_places(options: BuildOptions) -> None:
     if options.blob_cache_dir is not None:
         if options.blob is not None or options.blob_dir is not None or options.inline_bootstrap:
             raise BuildError("cache files are made instead of a blob")
+    elif options.source_type is SourceType.ESTARGZTOC_REF:
+        # It can do without a blob: its bootstrap says everything.
+        pass
     elif options.blob_dir is None and options.blob is None:
         raise BuildError("neither a blob nor a directory for it was given")
     if options.inline_bootstrap:

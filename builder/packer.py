@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from builder.blob import BlobFormat, BlobWriter, Stored
 from erofs import Chunk
+from erofs.cipher import UNIT
 
 __all__ = ["Packer"]
 
@@ -61,6 +62,9 @@ class Packer:
     def add(self, chunk: Chunk, data: bytearray, stored: Stored) -> None:
         """Add a chunk that is stored by itself; raise `BuildError`."""
         self._end_batch()
+        self._add_alone(chunk, data, stored)
+
+    def _add_alone(self, chunk: Chunk, data: bytearray, stored: Stored) -> None:
         if self._queue:
             self._wait_for_room(len(data))
             self._queue.append(_Alone(chunk, data, stored))
@@ -78,10 +82,22 @@ class Packer:
         batch = self._batch
         if not batch.chunks:
             return
+        self._batch = _Batch()
+        if self._form.cipher is not None and len(batch.data) < UNIT:
+            # Padding makes it larger than its content, which nydusd takes for damage.
+            self._split(batch)
+            return
         self._wait_for_room(len(batch.data))
         batch.job = self._pool.submit(self._form.encode, batch.data)
         self._queue.append(batch)
-        self._batch = _Batch()
+
+    def _split(self, batch: _Batch) -> None:
+        """Add the chunks of a batch by themselves."""
+        start = 0
+        for chunk in batch.chunks:
+            data = batch.data[start : start + chunk.uncompressed_size]
+            start += chunk.uncompressed_size
+            self._add_alone(chunk, data, self._form.encode(data))
 
     def _wait_for_room(self, size: int) -> None:
         """Write what can be written, and so much that what is waiting stays small."""

@@ -10,7 +10,7 @@ from enum import StrEnum
 from erofs import Node
 from erofs.tree import iter_names
 
-__all__ = ["PrefetchPolicy", "files_below", "parse_patterns", "pattern_nodes"]
+__all__ = ["PrefetchPolicy", "files_below", "find_node", "parse_patterns", "pattern_nodes"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ def _prefix(path: bytes) -> bytes:
     return path if path == b"/" else path + b"/"
 
 
-def _find(root: Node, path: bytes) -> Node | None:
+def find_node(root: Node, path: bytes) -> Node | None:
+    """Return the node at an absolute path; symlinks are not followed."""
     node: Node | None = root
     for part in path.split(b"/"):
         if part:
@@ -55,7 +56,7 @@ def pattern_nodes(root: Node, patterns: Iterable[bytes]) -> list[Node]:
     """Return the nodes that patterns name exactly; empty files and absent paths have none."""
     nodes = []
     for pattern in patterns:
-        node = _find(root, pattern)
+        node = find_node(root, pattern)
         if node is None:
             logger.warning("prefetch pattern %r names nothing", pattern)
         elif not stat.S_ISREG(node.mode) or node.size:

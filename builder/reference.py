@@ -9,20 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
-from builder.blob import BlobFormat, BlobWriter, CacheSink, Data, Place, Sink, Stored
-from builder.chunker import Chunker, ContentReader, Worked
+from builder.blob import BlobFormat, BlobWriter, CacheSink, Data, Place, Sink, Stored, pack_v1
+from builder.chunker import Chunker, ChunkerStats, ContentReader, Deduplication, Worked
 from builder.errors import BuildError
 from builder.source.measuring import MeasuredStream
 from builder.source.opening import drain, open_source, source_name
 from builder.source.options import SourceOptions
 from builder.source.tar import load_tar
 from builder.source.unpacking import is_gzip, is_zstd
+from builder.stargz import StargzToc
 from builder.zran import ZranStream
 from erofs import Chunk, Node, codec, digest
 from erofs.blobmeta import MAX_COMPRESSED_SIZE_V2, CiFlags, CompressionInfoV2
 from erofs.rafs import MAX_COMPRESSED_SIZE, BlobEntry, BlobFeatures, ChunkFlags, Compressor
 
-__all__ = ["Layer", "ReferenceChunker", "ReferenceWriter", "load_layer"]
+__all__ = ["Layer", "ReferenceChunker", "ReferenceWriter", "load_layer", "refer_to_members"]
 
 _MAGIC_BYTES = 4
 _CI_ZRAN = int(CiFlags.COMPRESSED | CiFlags.ZRAN)
@@ -64,11 +65,26 @@ class ReferenceWriter(BlobWriter):
     """Writes the tables of a blob whose chunks are in a layer.
 
     What `set_layer` takes has to be known before `finish_data`.
+
+    Args:
+        output, form, cache: as for `BlobWriter`.
+        members: chunks are in members of gzip of their own.
     """
 
-    def __init__(self, output: Sink, form: BlobFormat, cache: CacheSink | None = None) -> None:
+    def __init__(
+        self,
+        output: Sink,
+        form: BlobFormat,
+        cache: CacheSink | None = None,
+        *,
+        members: bool = False,
+    ) -> None:
         super().__init__(output, form, cache)
-        self.features |= BlobFeatures.CHUNK_INFO_V2 | BlobFeatures.SEPARATE
+        # What readers know members of gzip by is that their table is of version 1 (spec 4.10).
+        self._is_v2 = not members
+        self.features |= BlobFeatures.SEPARATE
+        if self._is_v2:
+            self.features |= BlobFeatures.CHUNK_INFO_V2
         self._layer = Layer("", 0)
         self._dictionaries = b""
 
@@ -103,12 +119,17 @@ class ReferenceWriter(BlobWriter):
             )
         self._place(chunk, data)
         chunk.compressed_offset, chunk.compressed_size = place.offset, place.size
+        if stored.is_compressed:
+            chunk.flags |= ChunkFlags.COMPRESSED
+        self._table += self._pack_place(chunk, place) if self._is_v2 else pack_v1(chunk)
+
+    @staticmethod
+    def _pack_place(chunk: Chunk, place: Place) -> bytes:
         if place.context is None:
             flags, extra = (_CI_HAS_CRC if chunk.crc32c else 0), (chunk.crc32c, 0)
         else:
-            chunk.flags |= ChunkFlags.COMPRESSED
             flags, extra = _CI_ZRAN, (place.data, place.context)
-        self._table += CompressionInfoV2(
+        return CompressionInfoV2(
             chunk.uncompressed_offset, chunk.uncompressed_size, *place[:2], flags, *extra
         ).pack()
 
@@ -136,8 +157,8 @@ class ReferenceWriter(BlobWriter):
         return self._of_layer(entry)._replace(blob_meta_digest=digest, blob_meta_size=self.position)
 
     def file_name(self, entry: BlobEntry) -> str:
-        """Return the name of the file with the tables; a cache has them by the layer's."""
-        return entry.id if self._cache is not None else self.blob_id()
+        """Return the name of the file with the tables."""
+        return self.blob_id()
 
     @property
     def inlined(self) -> tuple[str, int]:
@@ -164,7 +185,49 @@ class ReferenceChunker(Chunker):
     def _refer(self, data: bytearray, place: Place) -> Worked:
         view = memoryview(data)
         name = digest.digest(self._form.digester, view)
-        return Worked(data, name, digest.crc32c(view), Stored(b"", False, place))
+        return Worked(
+            data, name, digest.crc32c(view), Stored(b"", place.context is not None, place)
+        )
+
+
+def refer_to_members(
+    toc: StargzToc,
+    writer: ReferenceWriter,
+    dedup: Deduplication,
+    blob_id: str,
+    data_size: int | None,
+) -> ChunkerStats:
+    """Give the files of an eStargz layer their chunks; return how many there are.
+
+    Args:
+        toc: what the layer has.
+        writer: takes the new chunks.
+        dedup: what is known before.
+        blob_id: of the layer.
+        data_size: of the layer, None for as much as its chunks need.
+
+    Raises:
+        BuildError: there are too many.
+    """
+    stats = ChunkerStats()
+    end = 0
+    for file in toc.files:
+        for piece in file.chunks:
+            stats.chunks += 1
+            stats.content_bytes += piece.size
+            end = max(end, piece.offset + piece.stored_size)
+            key = (piece.digest, piece.size)
+            chunk = dedup.find(key)
+            if chunk is None:
+                chunk = dedup.known[key] = dedup.new_chunk(*key)
+                place = Place(piece.offset, piece.stored_size)
+                writer.add_chunk(chunk, bytes(piece.size), Stored(b"", True, place))
+            else:
+                stats.duplicate_chunks += 1
+                stats.duplicate_bytes += piece.size
+            file.node.chunks.append(chunk)
+    writer.set_layer(Layer(blob_id, data_size or end), None)
+    return stats
 
 
 def load_layer(

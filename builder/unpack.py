@@ -122,7 +122,7 @@ def unpack(
     """
     with open_any_bootstrap(bootstrap, inlined=inlined) as image:
         log_features(image)
-        chunks = ChunkReader(image.blobs, blob_ids(image, bootstrap), blobs)
+        chunks = ChunkReader(image.blobs, blob_ids(image, bootstrap), blobs, bootstrap)
         with error_context(path=bootstrap):
             root = load_tree(image)
     if not isinstance(output, Path):

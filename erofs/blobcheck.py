@@ -95,9 +95,13 @@ class _Promise(NamedTuple):
 
 
 class _BlobCheck:
-    def __init__(self, entry: BlobEntry, blob: ReadAt, out: Collector) -> None:
+    def __init__(
+        self, entry: BlobEntry, blob: ReadAt, layer: ReadAt | None, out: Collector
+    ) -> None:
         self.entry = entry
         self.blob = blob
+        # Where the chunks are, when not in the blob.
+        self.layer = layer
         self.out = out
         self.features = BlobFeatures(entry.features & sum(BlobFeatures))
         self.sections: dict[bytes, Section] = {}
@@ -133,6 +137,9 @@ class _BlobCheck:
     def check_size(self) -> None:
         """Compare the length of the file with the entry (spec 4.7)."""
         expected = self.entry.compressed_size
+        if self.layer is not None:
+            self._check_layer_size(self.layer)
+            return
         if BlobFeatures.CAP_TAR_TOC not in self.features:
             return
         if BlobFeatures.INLINED_FS_META in self.features:
@@ -141,6 +148,14 @@ class _BlobCheck:
                 self.out.error(f"bootstrap of the blob: expected at {expected}", None, boot.offset)
         elif self.blob.size() != expected and framing.SECTION_BOOTSTRAP not in self.sections:
             self.out.error(f"size of the blob: expected {expected}, got {self.blob.size()}")
+
+    def _check_layer_size(self, layer: ReadAt) -> None:
+        expected = self.entry.compressed_size
+        if layer.size() != expected:
+            self.out.error(f"size of the layer: expected {expected}, got {layer.size()}")
+        expected = self.entry.blob_meta_size
+        if expected and self.blob.size() != expected:
+            self.out.error(f"size of the tables: expected {expected}, got {self.blob.size()}")
 
     def check_header(self) -> None:
         """Compare the header of the compression table with the entry (spec 7.1)."""
@@ -235,7 +250,13 @@ class _BlobCheck:
 
     def check_id(self) -> None:
         """Recompute the blob id: all but the digest array, or with a bootstrap inside all."""
-        if self.entry.blob_id == INLINED_BLOB_ID:
+        expected = self.entry.id
+        if self.layer is not None:
+            found = _sha256(self.layer, 0, self.layer.size()).hex()
+            if found != expected:
+                self.out.warn(f"id of the layer {expected}: by content it is {found}")
+            expected = self.entry.blob_meta_digest.hex()
+        if self.entry.blob_id == INLINED_BLOB_ID or not expected.strip("0"):
             return
         skip = self.sections.get(framing.SECTION_DIGEST)
         start, end = (skip.offset, skip.header_offset) if skip is not None else (0, 0)
@@ -249,15 +270,15 @@ class _BlobCheck:
                 whole.update(data)
                 if counts:
                     without.update(data)
-        if self.entry.id not in (without.hexdigest(), whole.hexdigest()):
-            self.out.warn(f"blob id {self.entry.id}: by content it is {without.hexdigest()}")
+        if expected not in (without.hexdigest(), whole.hexdigest()):
+            self.out.warn(f"blob id {expected}: by content it is {without.hexdigest()}")
 
     def check_data(self) -> Iterator[Finding]:
         """Decompress every chunk, one at a time, and compare digest and CRC."""
         if self.table is None:
             return
         digester = Digester(self.entry.digester)
-        reader = _ChunkReader(self.blob, self.entry, self.table)
+        reader = _ChunkReader(self.layer or self.blob, self.entry, self.table)
         unknown = 0
         for number in range(len(self.table.entries)):
             with self.out.guard(), error_context(chunk=number):
@@ -276,30 +297,30 @@ class _BlobCheck:
 
 
 class _ChunkReader:
-    """Reads and decodes chunks of a blob in order; a batch is decoded once."""
+    """Reads and decodes chunks of a blob in order; a context is decoded once."""
 
     def __init__(self, blob: ReadAt, entry: BlobEntry, table: CompressionTable) -> None:
         self._blob = blob
         self._data = StoredData(entry)
         self._table = table
-        self._batch: tuple[int, bytes | memoryview] | None = None
+        self._content: tuple[int, bytes | bytearray | memoryview] | None = None
 
     def read(self, number: int) -> bytes | memoryview:
-        batch = self._table.batch_of(number)
-        if batch is None or self._batch is None or self._batch[0] != batch:
+        context = self._table.context_of(number)
+        if context is None or self._content is None or self._content[0] != context:
             stored = _read(self._blob, *self._table.stored_range(number), "data")
-            if batch is None:
+            if context is None:
                 return self._data.entry(self._table, number, stored)
-            self._batch = batch, self._data.batch(self._table.batches[batch], stored)
-        return self._table.cut(number, self._batch[1])
+            self._content = context, self._data.context(self._table, context, stored)
+        return self._table.cut(number, self._content[1])
 
 
-def _unchecked(entry: BlobEntry) -> str | None:
+def _unchecked(entry: BlobEntry, tables: ReadAt | None) -> str | None:
     """Return why the sections of a blob are not there to be checked, if so."""
     features = entry.features
     if features & BlobFeatures.TARFS:
         return "the blob is a plain tar"
-    if features & (BlobFeatures.ZRAN | BlobFeatures.SEPARATE):
+    if features & BlobFeatures.SEPARATE and tables is None:
         return "the data is the original layer, and the tables are in another file"
     if features & BlobFeatures.EXTERNAL:
         return "the data is external"
@@ -307,7 +328,12 @@ def _unchecked(entry: BlobEntry) -> str | None:
 
 
 def check_blob(
-    entry: BlobEntry, blob: ReadAt, image: Bootstrap | None = None, *, data: bool = False
+    entry: BlobEntry,
+    blob: ReadAt,
+    image: Bootstrap | None = None,
+    *,
+    tables: ReadAt | None = None,
+    data: bool = False,
 ) -> Iterator[Finding]:
     """Yield what is wrong with a data blob; nothing means that readers take it.
 
@@ -316,15 +342,26 @@ def check_blob(
     every chunk is decompressed and compared with its digest. Memory is bounded by the
     tables; data is read in windows, or chunk by chunk.
 
+    Args:
+        entry: of the blob table.
+        blob: has the chunks.
+        image: which the entry is of.
+        tables: has the tables of a blob that is an original layer; without it that is not
+            checked.
+        data: read every chunk.
+
     Raises:
         OSError: `blob` cannot be read.
     """
-    reason = _unchecked(entry)
+    reason = _unchecked(entry, tables)
     if reason is not None:
         yield Finding(WARNING, f"blob {entry.id} is not checked: {reason}")
         return
     out = Collector(WARNING)
-    check = _BlobCheck(entry, blob, out)
+    if entry.features & BlobFeatures.SEPARATE and tables is not None:
+        check = _BlobCheck(entry, tables, blob, out)
+    else:
+        check = _BlobCheck(entry, blob, None, out)
     with out.guard():
         check.read_chunk_infos(image)
     steps = (

@@ -127,7 +127,7 @@ class _BlobClaims:
         """Claim the stored chunks, a batch as a whole."""
         last = None
         for number in range(len(table.entries)):
-            batch = table.batch_of(number)
+            batch = table.context_of(number)
             if batch is None:
                 self.opaque(*table.stored_range(number), f"chunk {number}")
             elif batch != last:

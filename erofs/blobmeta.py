@@ -107,6 +107,11 @@ class CompressionInfoV2(NamedTuple):
         """Whether the chunk is a part of a batch."""
         return bool(self.flags & CiFlags.BATCH)
 
+    @property
+    def has_context(self) -> bool:
+        """Whether the chunk is a part of what a context describes: a batch, or gzip data."""
+        return bool(self.flags & (CiFlags.BATCH | CiFlags.ZRAN))
+
     def pack(self) -> bytes:
         """Encode the entry; only the uncompressed size is stored minus one."""
         return _CI_ENTRY_V2.pack(

@@ -24,6 +24,8 @@ from erofs.view import align_up
 
 __all__ = ["ERROR", "WARNING", "Collector", "Finding", "check_image"]
 
+_DICTIONARY_NAME = b"chunkdict"
+
 
 class _Links(NamedTuple):
     """What an inode says about its links, and its first path."""
@@ -165,7 +167,7 @@ class _TreeCheck:
                 continue
             if not -1 <= index.blob_index < known:
                 out.error(f"chunk {number}: no device {index.blob_index + 1}", path, offset)
-        if isinstance(image, Bootstrap):
+        if isinstance(image, Bootstrap) and not _is_dictionary(image):
             self._chunks(path, inode, image)
 
     def _chunks(self, path: bytes, inode: Inode, image: Bootstrap) -> None:
@@ -190,6 +192,15 @@ class _TreeCheck:
             expected = 2 + self.subdirectories[nid] if is_dir else self.names[nid]
             if nlink != expected:
                 self.out.error(f"link count: expected {expected}, got {nlink}", path)
+
+
+def _is_dictionary(image: Bootstrap) -> bool:
+    """Tell whether the files are only lists of chunks, which nobody reads (spec 4.12)."""
+    generated = all(blob.features & BlobFeatures.IS_CHUNKDICT_GENERATED for blob in image.blobs)
+    if not image.blobs or not generated:
+        return False
+    names = {entry.name for entry in image.root.entries()} - {b".", b".."}
+    return names == {_DICTIONARY_NAME}
 
 
 def _check_devices(image: Bootstrap, out: Collector) -> None:
@@ -261,17 +272,21 @@ def _check_chunk_table(image: Bootstrap, out: Collector) -> None:
     """Check the chunk info table by itself and against the blob table (spec 2.5, 4.3)."""
     start = image.extended.chunk_table_offset
     by_blob: dict[int, list[ChunkInfo]] = {}
-    previous: tuple[bytes, int] | None = None
+    previous: tuple[bytes, int, int] | None = None
+    external = [bool(blob.features & BlobFeatures.EXTERNAL) for blob in image.blobs]
     for number, info in enumerate(image.chunk_infos):
         offset = start + number * CHUNK_INFO_SIZE
-        key = (info.digest, info.blob_index)
+        # External chunks have no digests, and lie wherever their blob has them.
+        is_external = external[info.blob_index]
+        key = (info.digest, info.blob_index, info.chunk_index if is_external else -1)
         if previous is not None and key <= previous:
             out.error("chunk table is not sorted, or has a chunk twice", offset=offset)
         previous = key
         wrong = _check_chunk_info(info, image.blobs[info.blob_index], image.chunk_size)
         if wrong is not None:
             out.error(wrong, offset=offset)
-        by_blob.setdefault(info.blob_index, []).append(info)
+        if not is_external:
+            by_blob.setdefault(info.blob_index, []).append(info)
     for index, infos in sorted(by_blob.items()):
         _check_adjacent(index, image.blobs[index], infos, out)
 

@@ -11,17 +11,18 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from erofs.errors import CodecError
+from erofs.errors import CodecError, CorruptStructure
 from erofs.rafs import BlobEntry, BlobFeatures, Cipher
 
-__all__ = ["BlobCipher", "blob_cipher"]
+__all__ = ["UNIT", "BlobCipher", "blob_cipher"]
 
 KEY_SIZE = 32
 IV_SIZE = 16
-_UNIT = 16
+# Less than this is padded, in bytes.
+UNIT = 16
 # Behind what is too short for XTS and was therefore padded to one unit.
 _PADDING_END = b"\x78\x90"
-_PADDED_SIZE = _UNIT + len(_PADDING_END)
+_PADDED_SIZE = UNIT + len(_PADDING_END)
 
 
 @cache
@@ -42,7 +43,7 @@ class BlobCipher:
     """
 
     def __init__(self, key: bytes, iv: bytes) -> None:
-        if len(key) != KEY_SIZE or len(iv) != IV_SIZE or key[:_UNIT] == key[_UNIT:]:
+        if len(key) != KEY_SIZE or len(iv) != IV_SIZE or key[:UNIT] == key[UNIT:]:
             raise CodecError("key or IV of a blob that AES-128-XTS does not take")
         self.key = key
         self.iv = iv
@@ -52,7 +53,7 @@ class BlobCipher:
         """Return a cipher with a new random key and IV."""
         while True:
             key = secrets.token_bytes(KEY_SIZE)
-            if key[:_UNIT] != key[_UNIT:]:
+            if key[:UNIT] != key[UNIT:]:
                 return cls(key, secrets.token_bytes(IV_SIZE))
 
     def __repr__(self) -> str:
@@ -63,8 +64,8 @@ class BlobCipher:
 
     def encrypt(self, data: bytes | bytearray | memoryview) -> bytes:
         """Return the ciphertext: as long as `data`, but 18 bytes for less than 16."""
-        if len(data) < _UNIT:
-            missing = _UNIT - len(data)
+        if len(data) < UNIT:
+            missing = UNIT - len(data)
             data = bytes(data) + bytes([missing]) * missing + _PADDING_END
         context = self._cipher().encryptor()
         result: bytes = context.update(data) + context.finalize()
@@ -81,13 +82,18 @@ class BlobCipher:
         Raises:
             CodecError: no ciphertext has this length.
         """
-        if len(data) < _UNIT:
-            raise CodecError("encrypted data is too short", expected=_UNIT, got=len(data))
+        if len(data) < UNIT:
+            raise CodecError("encrypted data is too short", expected=UNIT, got=len(data))
         context = self._cipher().decryptor()
         plain: bytes = context.update(data) + context.finalize()
         if len(plain) != _PADDED_SIZE or size == _PADDED_SIZE:
             return plain
         return _without_padding(plain)
+
+    @staticmethod
+    def stored_size(size: int) -> int:
+        """Return the length of the ciphertext of so many bytes."""
+        return size if size >= UNIT else _PADDED_SIZE
 
     def fields(self) -> dict[str, Any]:
         """Return what a blob table entry says of the cipher, as `BlobEntry._replace` takes it."""
@@ -100,23 +106,22 @@ class BlobCipher:
 
 
 def _without_padding(plain: bytes) -> bytes:
-    count = plain[_UNIT - 1]
-    padding = plain[_UNIT - count : _UNIT] if 0 < count <= _UNIT else b""
-    if plain[_UNIT:] != _PADDING_END or not padding or padding != bytes([count]) * count:
+    count = plain[UNIT - 1]
+    padding = plain[UNIT - count : UNIT] if 0 < count <= UNIT else b""
+    if plain[UNIT:] != _PADDING_END or not padding or padding != bytes([count]) * count:
         return plain
-    return plain[: _UNIT - count]
+    return plain[: UNIT - count]
 
 
 def blob_cipher(entry: BlobEntry) -> BlobCipher | None:
     """Return the cipher of an encrypted blob, None for others.
 
     Raises:
-        CorruptStructure: its key is none.
-        CodecError: the blob is said to be encrypted, but not how.
+        CorruptStructure: its key is none, or it is said to be encrypted, but not how.
     """
     found = entry.encryption()
     if found is not None:
         return BlobCipher(*found)
     if entry.features & BlobFeatures.ENCRYPTED:
-        raise CodecError("encrypted blob without its cipher", blob=entry.id)
+        raise CorruptStructure("encrypted blob without its cipher", blob=entry.id)
     return None

@@ -6,6 +6,7 @@ Pure: bytes in, values out. The records are in `erofs.blobmeta`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from erofs import codec
@@ -51,55 +52,45 @@ class CompressionTable(NamedTuple):
     zran: tuple[ZranContext, ...] = ()
     dictionaries: memoryview = memoryview(b"")
 
-    def batch_of(self, index: int) -> int | None:
-        """Return the number of the batch that a chunk is a part of, if there is one."""
+    def context_of(self, index: int) -> int | None:
+        """Return the number of the batch or zran context that a chunk is a part of, if any."""
         entry = self.entries[index]
-        return entry.context if isinstance(entry, CompressionInfoV2) and entry.is_batch else None
+        if isinstance(entry, CompressionInfoV2) and entry.has_context:
+            return entry.context
+        return None
 
     def stored_range(self, index: int) -> tuple[int, int]:
         """Return offset and length in the blob of what has to be read for a chunk."""
-        entry = self.entries[index]
-        batch = self.batch_of(index)
-        size = entry.compressed_size if batch is None else self.batches[batch].compressed_size
-        return entry.compressed_offset, size
+        entry, number = self.entries[index], self.context_of(index)
+        if number is None:
+            return entry.compressed_offset, entry.compressed_size
+        if self.zran:
+            return self.zran[number].in_offset, self.zran[number].in_len
+        return entry.compressed_offset, self.batches[number].compressed_size
 
-    def cut(self, index: int, batch: bytes | memoryview) -> memoryview:
-        """Return the bytes of a chunk out of its decompressed batch; raise `IntegrityError`."""
+    def cut(self, index: int, content: bytes | bytearray | memoryview) -> memoryview:
+        """Return the bytes of a chunk out of those of its context; raise `IntegrityError`."""
         entry = self.entries[index]
         start = entry.data if isinstance(entry, CompressionInfoV2) else 0
-        data = memoryview(batch)[start : start + entry.uncompressed_size]
+        data = memoryview(content)[start : start + entry.uncompressed_size]
         if len(data) != entry.uncompressed_size:
             raise IntegrityError(
-                "batch is too short for its chunk",
+                "context is too short for its chunk",
                 expected=entry.uncompressed_size,
                 got=len(data),
             )
         return data
 
-    def unpack(
-        self, index: int, stored: bytes | memoryview, compressor: Compressor
-    ) -> bytes | memoryview:
-        """Return a chunk out of what `stored_range` says has to be read for it.
-
-        Raises:
-            CodecError, IntegrityError: it does not decompress to its size.
-        """
-        entry, batch = self.entries[index], self.batch_of(index)
-        if batch is not None:
-            return self.cut(index, self.batches[batch].decompress(compressor, stored))
-        if entry.is_compressed:
-            return codec.decompress(compressor, stored, entry.uncompressed_size)
-        return stored
-
     def agrees(self, info: ChunkInfo) -> bool:
         """Tell whether the bootstrap says the same of a chunk; its index is in the table.
 
-        Of chunks in a batch the bootstrap does not know where they are stored (spec 2.5).
+        Of chunks in a batch the bootstrap does not know where they are stored (spec 2.5), and
+        in gzip data that is a hint only.
         """
         entry = self.entries[info.chunk_index]
         if (info.uncompressed_offset, info.uncompressed_size) != entry[:2]:
             return False
-        if self.batch_of(info.chunk_index) is not None:
+        if self.context_of(info.chunk_index) is not None:
             return True
         stored = (info.compressed_offset, info.compressed_size, info.is_compressed)
         return stored == (*entry[2:4], entry.is_compressed)
@@ -157,6 +148,8 @@ def parse_table(header: CompressionTableHeader, plain: bytes | memoryview) -> Co
     _check_uncompressed(table.entries, gaps=not strict)
     if strict:
         _check_stored(table)
+    else:
+        _check_zran(table)
     return table
 
 
@@ -183,7 +176,7 @@ def _check_stored(table: CompressionTable) -> None:
     batch = None
     for index, entry in enumerate(table.entries):
         start, size = table.stored_range(index)
-        number = table.batch_of(index)
+        number = table.context_of(index)
         if number is None or number != batch:
             if start < end:
                 raise CorruptStructure("compressed chunks overlap", chunk=index)
@@ -194,6 +187,22 @@ def _check_stored(table: CompressionTable) -> None:
             if entry.data < filled:
                 raise CorruptStructure("chunks of a batch overlap", chunk=index)
             filled = entry.data + entry.uncompressed_size
+
+
+def _check_zran(table: CompressionTable) -> None:
+    """Check that contexts ascend with the chunks, so that neighbours can be read together."""
+    for number, (before, context) in enumerate(pairwise(table.zran), 1):
+        if (
+            context.in_offset < before.in_offset
+            or context.in_offset + context.in_len < before.in_offset + before.in_len
+        ):
+            raise CorruptStructure(f"zran context {number} lies before the one before it")
+    numbers = (table.context_of(index) or 0 for index in range(len(table.entries)))
+    for index, (last, number) in enumerate(pairwise(numbers), 1):
+        if number < last:
+            raise CorruptStructure(
+                "chunk of a context before that of the chunk before it", chunk=index
+            )
 
 
 def _check_flags(table: CompressionTable, entry: CompressionInfoV2) -> None:

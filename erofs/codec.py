@@ -8,6 +8,7 @@ not call and which is therefore called in that package's own extension by cffi.
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -18,6 +19,7 @@ from erofs.rafs import Compressor
 __all__ = ["Codec", "compress", "decompress"]
 
 ZSTD_LEVEL = 3
+_GZIP_MEMBER = 31
 _local = threading.local()
 
 
@@ -116,14 +118,18 @@ def _refuse_compress(data: bytes | memoryview) -> bytes:
     raise CodecError("gzip is only read, as part of a reference to an OCI layer")
 
 
-def _refuse_decompress(data: bytes | memoryview, size: int) -> bytes:
-    raise CodecError("gzip chunks need their zran context")
+def _gzip_decompress(data: bytes | memoryview, size: int) -> bytes:
+    """Decompress the beginning of a member of gzip: that of eStargz has a chunk there."""
+    try:
+        return zlib.decompressobj(_GZIP_MEMBER).decompress(data, size)
+    except zlib.error as error:
+        raise CodecError(f"broken gzip data ({error})") from error
 
 
 CODECS = {
     Compressor.NONE: Codec("none", bytes, lambda data, size: bytes(data)),
     Compressor.LZ4_BLOCK: Codec("lz4_block", _lz4_compress, _lz4_decompress),
-    Compressor.GZIP: Codec("gzip", _refuse_compress, _refuse_decompress),
+    Compressor.GZIP: Codec("gzip", _refuse_compress, _gzip_decompress),
     Compressor.ZSTD: Codec("zstd", _zstd_compress, _zstd_decompress),
 }
 

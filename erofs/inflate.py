@@ -189,7 +189,7 @@ class Inflater:
         """Fill a buffer as far as the input lasts, and return how many bytes that is.
 
         Args:
-            target: takes the output; fewer bytes than it has only when the input is used up,
+            target: takes the output, one byte at least; fewer only when the input is used up,
                 a member ends, or a boundary is met.
             to_boundary: stop where `at_boundary` becomes True.
 

@@ -32,7 +32,7 @@ class StoredData:
     """Undoes what the builder of one blob did to chunks; threads may share it.
 
     Raises:
-        CodecError, CorruptStructure: the blob is encrypted, but its key is none.
+        CorruptStructure: the blob is encrypted, but its key is none.
     """
 
     def __init__(self, entry: BlobEntry) -> None:
@@ -60,6 +60,33 @@ class StoredData:
         # The sizes of the context tell nothing when the builder had to pad.
         return plain if len(plain) == size else codec.decompress(self._compressor, plain, size)
 
+    def context(
+        self, table: CompressionTable, number: int, stored: bytes | memoryview
+    ) -> bytes | bytearray | memoryview:
+        """Return the content of all chunks of a context; raise `CodecError`.
+
+        Args:
+            table: has the context.
+            number: of it.
+            stored: what `CompressionTable.stored_range` says of one of its chunks.
+        """
+        if table.zran:
+            return table.zran[number].inflate(stored, table.dictionaries)
+        return self.batch(table.batches[number], stored)
+
+    def unpack(
+        self, table: CompressionTable, index: int, stored: bytes | memoryview
+    ) -> bytes | memoryview:
+        """Return a chunk out of what `CompressionTable.stored_range` says has to be read for it.
+
+        Raises:
+            CodecError, IntegrityError: it does not decrypt, or decompress to its size.
+        """
+        number = table.context_of(index)
+        if number is None:
+            return self.entry(table, index, stored)
+        return table.cut(index, self.context(table, number, stored))
+
     def _decrypt(self, stored: bytes | memoryview, size: int | None) -> bytes:
         if self._cipher is None:
             raise CodecError("encrypted chunk of a blob that is not encrypted")
@@ -68,7 +95,7 @@ class StoredData:
     def entry(
         self, table: CompressionTable, index: int, stored: bytes | memoryview
     ) -> bytes | memoryview:
-        """Return the content of a chunk that a table describes, but no part of a batch.
+        """Return the content of a chunk that a table describes, but no part of a context.
 
         Raises:
             UnsupportedFeature: it takes more than its own stored bytes.
@@ -77,7 +104,7 @@ class StoredData:
         entry = table.entries[index]
         if isinstance(entry, CompressionInfo):
             return self.chunk(stored, entry.uncompressed_size, compressed=entry.is_compressed)
-        if entry.flags & (CiFlags.BATCH | CiFlags.ZRAN):
+        if entry.has_context:
             raise UnsupportedFeature("chunk that is no stored unit", chunk=index)
         return self.chunk(
             stored,

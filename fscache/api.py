@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 import socketserver
 import threading
 from http import HTTPStatus
@@ -14,11 +13,13 @@ from pathlib import Path
 
 from erofs.errors import NydusError
 from fscache.apimessage import Answer, Request
+from fscache.nbd.daemon import NbdDaemon
 from fscache.node import NodeDaemon
 from fscache.routes import answer
 from fscache.singleton import SingletonDaemon
+from fscache.unixsocket import is_served
 
-__all__ = ["ApiError", "ApiServer", "is_stale"]
+__all__ = ["ApiError", "ApiServer"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,21 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
-    daemon: NodeDaemon | SingletonDaemon
-
-
-def _is_served(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-        return True
-
-
-def is_stale(path: Path) -> bool:
-    """Whether a socket file is there that nobody serves."""
-    return path.is_socket() and not _is_served(path)
+    daemon: NodeDaemon | SingletonDaemon | NbdDaemon
 
 
 class ApiServer:
@@ -108,11 +95,11 @@ class ApiServer:
         ApiError: the socket cannot be made, or another process serves it.
     """
 
-    def __init__(self, path: Path, daemon: NodeDaemon | SingletonDaemon) -> None:
+    def __init__(self, path: Path, daemon: NodeDaemon | SingletonDaemon | NbdDaemon) -> None:
         self._path = path
         try:
             if path.is_socket():
-                if _is_served(path):
+                if is_served(path):
                     raise ApiError("another process serves this socket", path=path)
                 path.unlink()
             self._server = _Server(str(path), _Handler)

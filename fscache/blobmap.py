@@ -3,7 +3,7 @@
 Pure: nothing is read or written here. The *index* of a chunk is its place in the blob's
 compression table, which is what the chunk map on disk counts; uncompressed offsets ascend
 with it (spec rafs-v6 4.3). Where chunks are stored says the bootstrap, or for blobs of
-batches the blob's own table (`fscache.places`).
+batches and original layers the blob's own table (`fscache.places`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 
+from erofs.cipher import BlobCipher
 from erofs.errors import CorruptStructure, OutOfBounds, UnsupportedFeature, error_context
 from erofs.layout import BLOCK_SIZE
 from erofs.rafs import (
@@ -30,23 +31,23 @@ from erofs.rafs import (
     Compressor,
     Digester,
 )
+from erofs.stored import StoredData
 from erofs.view import align_up
-from fscache.places import NO_BATCH, Places
+from fscache.places import NO_CONTEXT, Places
 
 __all__ = ["BlobMap"]
 
 DIGEST_BYTES = 32
 
 _UNSUPPORTED_FEATURES = (
-    BlobFeatures.ZRAN,
-    BlobFeatures.ENCRYPTED,
     BlobFeatures.TARFS,
     BlobFeatures.EXTERNAL,
-    BlobFeatures.SEPARATE,
     # Its indexes and sizes mean nothing: `fscache.dictionary` has to put others in their place.
     BlobFeatures.IS_CHUNKDICT_GENERATED,
 )
-_SUPPORTED_CHUNK_FLAGS = ChunkFlags.COMPRESSED | ChunkFlags.HAS_CRC
+# Whose chunks only their own table knows how to get at.
+_TABLED = BlobFeatures.BATCH | BlobFeatures.ZRAN
+_SUPPORTED_CHUNK_FLAGS = ChunkFlags.COMPRESSED | ChunkFlags.ENCRYPTED | ChunkFlags.HAS_CRC
 
 
 def _check_entry(entry: BlobEntry) -> None:
@@ -55,9 +56,9 @@ def _check_entry(entry: BlobEntry) -> None:
             raise UnsupportedFeature(f"blob feature {feature.name} is not supported on demand")
     if entry.features & BLOB_FEATURES_INCOMPATIBLE:
         raise UnsupportedFeature("unknown incompatible blob features", got=hex(entry.features))
-    if entry.cipher != Cipher.NONE:
+    if entry.cipher not in tuple(Cipher):
         raise UnsupportedFeature("blob cipher is not supported", got=entry.cipher)
-    if entry.compressor not in (Compressor.NONE, Compressor.LZ4_BLOCK, Compressor.ZSTD):
+    if entry.compressor not in tuple(Compressor):
         raise UnsupportedFeature("blob compressor is not supported", got=entry.compressor)
     if entry.digester not in tuple(Digester):
         raise UnsupportedFeature("blob digester is not supported", got=entry.digester)
@@ -73,7 +74,12 @@ def _check_entry(entry: BlobEntry) -> None:
 
 
 def _is_placed(entry: BlobEntry, chunk: ChunkInfo) -> bool:
-    """Tell whether the bootstrap knows where a chunk is stored: not that of a batch (spec 2.5)."""
+    """Tell whether the bootstrap knows how a chunk is stored.
+
+    Not that of a batch (spec 2.5); and for one in gzip data it only has a hint.
+    """
+    if entry.features & BlobFeatures.ZRAN:
+        return False
     return not entry.features & BlobFeatures.BATCH or chunk.compressed_size > 0
 
 
@@ -87,6 +93,8 @@ def _check_chunk(entry: BlobEntry, chunk: ChunkInfo) -> None:
         )
     if chunk.flags & ~_SUPPORTED_CHUNK_FLAGS:
         raise UnsupportedFeature("chunk flags are not supported", got=hex(chunk.flags))
+    if chunk.flags & ChunkFlags.ENCRYPTED and entry.cipher == Cipher.NONE:
+        raise CorruptStructure("encrypted chunk of a blob without cipher", got=hex(chunk.flags))
     if not 0 < chunk.uncompressed_size <= entry.chunk_size:
         raise OutOfBounds(
             "bad uncompressed size",
@@ -104,17 +112,25 @@ def _check_chunk(entry: BlobEntry, chunk: ChunkInfo) -> None:
 
 
 def _check_stored(entry: BlobEntry, chunk: ChunkInfo) -> None:
+    largest = chunk.uncompressed_size
+    if entry.cipher != Cipher.NONE:
+        largest = BlobCipher.stored_size(largest)
     if not chunk.is_compressed:
-        if chunk.compressed_size != chunk.uncompressed_size:
+        if chunk.compressed_size != largest:
             raise CorruptStructure(
                 "stored size of a chunk that is not compressed",
-                expected=chunk.uncompressed_size,
+                expected=largest,
                 got=chunk.compressed_size,
             )
     elif entry.compressor == Compressor.NONE:
         raise CorruptStructure("compressed chunk in a blob without compressor")
-    # Builders store a chunk plainly when compression does not make it smaller (spec 4.3).
-    elif not 0 < chunk.compressed_size <= chunk.uncompressed_size:
+    # Builders store a chunk plainly when compression does not make it smaller (spec 4.3); of
+    # members of gzip they only know how large these may be (4.10).
+    elif (
+        not 0
+        < chunk.compressed_size
+        <= (largest if entry.compressor != Compressor.GZIP else MAX_CHUNK_SIZE)
+    ):
         raise CorruptStructure("bad compressed size", got=chunk.compressed_size)
 
 
@@ -127,17 +143,16 @@ class BlobMap:
     of the data file, in whole pages.
 
     `compressed_offsets` and `compressed_sizes` say what has to be read for a chunk; for a part
-    of a batch that is the batch. While `is_located` is False they are only as good as the
-    uncompressed ones: enough to plan with, `with_places` makes a map to read with.
+    of a context that is what the context needs. While `is_located` is False they are only as
+    good as the uncompressed ones: enough to plan with, `with_places` makes a map to read with.
 
     Args:
         entry: the blob's entry in the blob table.
         chunks: all entries of the chunk info table that belong to it, in any order.
-        places: what the blob's own table says, for blobs of batches.
+        places: what the blob's own table says, for blobs of contexts.
 
     Raises:
-        FormatError: naming blob and chunk; `UnsupportedFeature` for zran, tarfs, external,
-            separate and encrypted blobs.
+        FormatError: naming blob and chunk; `UnsupportedFeature` for tarfs and external blobs.
     """
 
     def __init__(
@@ -157,10 +172,11 @@ class BlobMap:
                         places.check(row, entry.compressed_size)
                 rows[row.chunk_index] = row
         self.places = places
-        self.is_located = places is not None or not entry.features & BlobFeatures.BATCH
+        self.is_located = places is not None or not entry.features & _TABLED
         self.chunk_count = entry.chunk_count
         self.uncompressed_size = align_up(entry.uncompressed_size, BLOCK_SIZE)
-        self.compressor = Compressor(entry.compressor)
+        self.data = StoredData(entry)
+        self.is_encrypted = entry.cipher != Cipher.NONE
         self.digester = Digester(entry.digester)
         self.known_count = len(rows)
         self.known = bytearray(self.chunk_count)
@@ -345,15 +361,18 @@ class BlobMap:
         """Cut ascending indexes into runs that one range of the stored blob covers.
 
         A run has neighbouring indexes with touching ranges, and at most `max_bytes` stored
-        bytes; a larger chunk is a run of its own. Chunks of a batch stay together.
+        bytes; a larger chunk is a run of its own. Chunks of a context stay together.
         """
         first = 0
+        overlap = self.places is not None and self.places.overlap
         for number in range(1, len(positions)):
             last, position = positions[number - 1], positions[number]
-            together = self.batch(last) != NO_BATCH and self.batch(last) == self.batch(position)
+            together = self.context(last) != NO_CONTEXT and self.context(last) == self.context(
+                position
+            )
             if not together and not (
                 position == last + 1
-                and self.compressed_end(last) == self.compressed_offsets[position]
+                and self._touch(last, position, overlap)
                 and self.compressed_end(position) - self.compressed_offsets[positions[first]]
                 <= max_bytes
             ):
@@ -362,31 +381,35 @@ class BlobMap:
         if positions:
             yield positions[first:]
 
+    def _touch(self, last: int, position: int, overlap: bool) -> bool:
+        gap = self.compressed_offsets[position] - self.compressed_end(last)
+        return gap == 0 or (overlap and gap < 0)
+
     def groups(self, positions: Sequence[int], max_bytes: int) -> Iterator[range]:
-        """Yield the runs as ranges, which may hold other indexes of a batch in between."""
+        """Yield the runs as ranges, which may hold other indexes of a context in between."""
         for run in self.runs(positions, max_bytes):
             yield range(run[0], run[-1] + 1)
 
-    def batch(self, index: int) -> int:
-        """Return the number of the batch that a chunk is a part of, or `NO_BATCH`."""
-        return NO_BATCH if self.places is None else self.places.batch_numbers[index]
+    def context(self, index: int) -> int:
+        """Return the number of the context that a chunk is a part of, or `NO_CONTEXT`."""
+        return NO_CONTEXT if self.places is None else self.places.context_numbers[index]
 
-    def rest_of_batch(self, index: int, following: Iterable[int]) -> list[int]:
-        """Return those indexes at the beginning of `following` that share a batch with one."""
-        number = self.batch(index)
-        if number == NO_BATCH:
+    def rest_of_context(self, index: int, following: Iterable[int]) -> list[int]:
+        """Return those indexes at the beginning of `following` that share a context with one."""
+        number = self.context(index)
+        if number == NO_CONTEXT:
             return []
-        return list(takewhile(lambda other: self.batch(other) == number, following))
+        return list(takewhile(lambda other: self.context(other) == number, following))
 
-    def whole_batches(self, positions: range) -> range:
-        """Return the range made wider to the ends of the batches that it begins and ends in."""
+    def whole_contexts(self, positions: range) -> range:
+        """Return the range made wider to the ends of the contexts that it begins and ends in."""
         if self.places is None or not positions:
             return positions
-        numbers = self.places.batch_numbers
+        numbers = self.places.context_numbers
         start, stop = positions.start, positions.stop
-        while start > 0 and numbers[start - 1] == numbers[start] != NO_BATCH:
+        while start > 0 and numbers[start - 1] == numbers[start] != NO_CONTEXT:
             start -= 1
-        while stop < self.chunk_count and numbers[stop] == numbers[stop - 1] != NO_BATCH:
+        while stop < self.chunk_count and numbers[stop] == numbers[stop - 1] != NO_CONTEXT:
             stop += 1
         return range(start, stop)
 

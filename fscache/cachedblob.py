@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from erofs.citable import CompressionTable
-from erofs.codec import decompress
 from erofs.digest import digest
 from erofs.errors import CodecError, IntegrityError, error_context
 from erofs.rafs import BlobEntry, ChunkInfo
@@ -22,8 +21,9 @@ from fscache.backend.retry import RetryPolicy
 from fscache.blobmap import BlobMap
 from fscache.cachefile import CacheError, CacheFile
 from fscache.chunkmap import ChunkMap
+from fscache.layer import tables_of
 from fscache.metrics import CacheMetrics
-from fscache.places import NO_BATCH, Places
+from fscache.places import NO_CONTEXT, Places
 from fscache.streams import Streams
 from fscache.tablefile import TableFile
 from fscache.trace import Trace
@@ -38,7 +38,7 @@ AHEAD_BYTES = 4 << 20
 
 
 class Unpacker:
-    """Decompresses the stored chunks of one run; a batch once for all its chunks.
+    """Decrypts and decompresses the stored chunks of one run; a context once for all its chunks.
 
     Args:
         table: is located.
@@ -46,23 +46,25 @@ class Unpacker:
 
     def __init__(self, table: BlobMap) -> None:
         self.table = table
-        self._batch = NO_BATCH
+        self._context = NO_CONTEXT
         self._buffer = memoryview(b"")
 
     def unpack(self, position: int, stored: memoryview) -> bytes | memoryview:
         """Return a chunk, not yet verified; raise `CodecError`."""
         table = self.table
         size = table.uncompressed_sizes[position]
-        number = table.batch(position)
-        if number == NO_BATCH or table.places is None:
-            if table.compressed[position]:
-                return decompress(table.compressor, stored, size)
-            return stored
-        if number != self._batch:
-            batch = table.places.batches[number]
-            self._buffer = memoryview(batch.decompress(table.compressor, stored))
-            self._batch = number
-        start = table.places.batch_offsets[position]
+        number = table.context(position)
+        if number == NO_CONTEXT or table.places is None:
+            return table.data.chunk(
+                stored,
+                size,
+                compressed=bool(table.compressed[position]),
+                encrypted=table.is_encrypted,
+            )
+        if number != self._context:
+            self._buffer = memoryview(table.places.unpack(number, stored, table.data))
+            self._context = number
+        start = table.places.context_offsets[position]
         return self._buffer[start : start + size]
 
 
@@ -218,19 +220,20 @@ class CachedBlob:
         with self._locate_lock:
             if self.map.is_located:
                 return self.map
-            return self._table_file.use(self._place, partial(self._ask_again, stop))
+            return self._table_file.use(self._place, partial(self._ask_tables, stop))
 
     def load_table(self, stop: threading.Event) -> CompressionTable:
         """Return the blob's own table, which knows all of its chunks; raise `NydusError`."""
         with self._locate_lock:
-            return self._table_file.use(lambda table: table, partial(self._ask_again, stop))
+            return self._table_file.use(lambda table: table, partial(self._ask_tables, stop))
 
     def read_stored(self, start: int, length: int, stop: threading.Event) -> bytes:
         """Return a range of the stored blob, with repetitions; raise `BackendError`."""
-        return self._ask_again(stop, start, length)
+        return self.retry.run(lambda: self._ask(start, length, self._readers), stop)
 
-    def _ask_again(self, stop: threading.Event, start: int, length: int) -> bytes:
-        return self.retry.run(lambda: self._ask(start, length), stop)
+    def _ask_tables(self, stop: threading.Event, start: int, length: int) -> bytes:
+        readers = [tables_of(reader) for reader in self._readers]
+        return self.retry.run(lambda: self._ask(start, length, readers), stop)
 
     def _place(self, table: CompressionTable) -> BlobMap:
         places = Places(table)
@@ -254,10 +257,10 @@ class CachedBlob:
 
         Raises `BackendError`, that of the last reader.
         """
-        return self._ask(*table.stored_range(positions))
+        return self._ask(*table.stored_range(positions), self._readers)
 
-    def _ask(self, start: int, length: int) -> bytes:
-        *others, last = self._readers
+    def _ask(self, start: int, length: int, readers: Sequence[BlobReader]) -> bytes:
+        *others, last = readers
         for reader in others:
             try:
                 return self._read(reader, start, length)
@@ -294,7 +297,7 @@ class CachedBlob:
                 _check_digest(table, position, data)
             except (CodecError, IntegrityError):
                 self.metrics.digest_failure()
-                if table.batch(position) != NO_BATCH:
+                if table.context(position) != NO_CONTEXT:
                     self._distrust(table)
                 raise
             self.cache.write(table.uncompressed_offsets[position], data)

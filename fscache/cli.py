@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from erofs.console import LOG_LEVELS, CommandParser, ProgressLine, print_version
 from erofs.errors import NydusError
@@ -30,6 +31,7 @@ from fscache.config import ConfigError, DaemonConfig, load_config
 from fscache.daemonlog import set_up_daemon_log
 from fscache.environment import with_environment
 from fscache.image import ROOT
+from fscache.nbd_cli import add_nbd, nbd_options
 from fscache.node import NodeDaemon, NodeOptions
 from fscache.place import mounted_at
 from fscache.prefetchlist import read_prefetch_file
@@ -38,6 +40,9 @@ from fscache.singleton_cli import add_singleton, singleton_options, waits_for_ta
 from fscache.systemd import Notifier, Watchdog
 from fscache.transport import Transport
 
+if TYPE_CHECKING:
+    from fscache.nbd.daemon import NbdDaemon
+
 __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
@@ -45,7 +50,7 @@ logger = logging.getLogger(__name__)
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 DEFAULT_OPEN_FILES = 1_000_000
-_COMMANDS = ("erofs", "fuse", "singleton", "doctor")
+_COMMANDS = ("erofs", "fuse", "singleton", "nbd", "doctor")
 
 
 def _process() -> CommandParser:
@@ -101,8 +106,9 @@ def _add_transport(parser: CommandParser) -> None:
     ways.add_argument(
         "--transport", choices=[str(way) for way in Transport], default=Transport.AUTO,
         metavar="<transport>",
-        help="How images get to the kernel: fanotify (EROFS, lazily; root, Linux 6.14), fuse"
-        " (lazily, for every user), eager (EROFS, complete files first), auto (fanotify or fuse)"
+        help="How images get to the kernel: fanotify (EROFS, lazily; root, Linux 6.14), nbd"
+        " (EROFS, lazily, from a block device; root, Linux 6.4), fuse (lazily, for every user),"
+        " eager (EROFS, complete files first), auto (the first of fanotify, nbd, fuse that works)"
         " [default: auto]",
     )  # fmt: skip
     ways.add_argument(
@@ -137,6 +143,12 @@ def _parser() -> CommandParser:
         description="Serve the API, and to the kernel's cachefiles what clients register",
     )  # fmt: skip
     add_singleton(singleton)
+    nbd = commands.add_parser(
+        "nbd", parents=[process], help="serve one image as a block device, no mount",
+        description="Serve one image as a raw disk, that of `nydus-image export --block`: as a"
+        " block device of the kernel's NBD, or at a socket",
+    )  # fmt: skip
+    add_nbd(nbd)
     doctor = commands.add_parser(
         "doctor", help="tell what this machine can do, and what would enable more",
         description="Try what this kernel, privilege and file system allow, and print a table."
@@ -305,7 +317,7 @@ def _set_open_files(wanted: int) -> None:
         logger.info("the limit of open files stays at %d", hard)
 
 
-def _end_on_signals(daemon: NodeDaemon | SingletonDaemon) -> None:
+def _end_on_signals(daemon: NodeDaemon | SingletonDaemon | NbdDaemon) -> None:
     """Ask for an orderly end on SIGINT and SIGTERM, also when one comes again.
 
     On SIGHUP too, the end of a terminal, unless it is ignored or opens the log file anew.
@@ -332,6 +344,11 @@ def _serve(arguments: argparse.Namespace) -> int:
         waits = waits_for_take_over(arguments)
         singleton = SingletonDaemon(singleton_options(arguments))
         return _run(singleton, arguments, manager, waits=waits)
+    if arguments.command == "nbd":
+        # Imported here: few daemons are this one.
+        from fscache.nbd.daemon import NbdDaemon
+
+        return _run(NbdDaemon(nbd_options(arguments)), arguments, manager)
     progress = ProgressLine("fetched")
     options: NodeOptions = arguments.options(arguments)
     if manager.present:
@@ -349,7 +366,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _run(
-    daemon: NodeDaemon | SingletonDaemon,
+    daemon: NodeDaemon | SingletonDaemon | NbdDaemon,
     arguments: argparse.Namespace,
     manager: Notifier,
     *,
@@ -388,7 +405,7 @@ def _predecessor_crashed(arguments: argparse.Namespace) -> bool:
     """
     if arguments.supervisor is None or arguments.apisock is None:
         return False
-    from fscache.api import is_stale
+    from fscache.unixsocket import is_stale
 
     return is_stale(arguments.apisock) and mounted_at(arguments.mountpoint) is not None
 

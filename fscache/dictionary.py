@@ -9,6 +9,7 @@ and the cache of the blob is the same as for every other image on it.
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from erofs.errors import CorruptStructure, error_context
 from erofs.rafs import BlobFeatures
 from fscache.backend.base import BlobReader
 from fscache.backend.retry import RetryPolicy
+from fscache.layer import tables_of
 from fscache.plan import BlobPlan
 from fscache.tablefile import TableFile
 
@@ -38,7 +40,7 @@ def resolve(plan: BlobPlan, directory: Path, reader: BlobReader, retry: RetryPol
     stop = threading.Event()
     return TableFile(directory, reader.blob_id, plan.entry).use(
         partial(put_right, plan),
-        lambda start, length: retry.run(lambda: reader.read_at(start, length), stop),
+        lambda start, length: retry.run(lambda: tables_of(reader).read_at(start, length), stop),
     )
 
 
@@ -69,4 +71,4 @@ def put_right(plan: BlobPlan, table: CompressionTable) -> BlobPlan:
         blob_toc_size=0,
         ci_compressor=header.ci_compressor,
     )
-    return BlobPlan(mended, chunks)
+    return replace(plan, entry=mended, chunks=chunks)

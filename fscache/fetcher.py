@@ -156,7 +156,7 @@ class Fetcher:
             return
         table = blob.map
         if table.is_located:
-            mine, _ = blob.chunks.claim(following, NOBODY, table.whole_batches(following))
+            mine, _ = blob.chunks.claim(following, NOBODY, table.whole_contexts(following))
             self._submit(blob, table, mine, None)
 
     def _request(
@@ -208,7 +208,7 @@ class Fetcher:
             request.finish(error)
             return
         table = blob.map
-        mine, waiting = blob.chunks.claim(positions, request, table.whole_batches(positions))
+        mine, waiting = blob.chunks.claim(positions, request, table.whole_contexts(positions))
         if background is None:
             blob.metrics.request(wanted=len(positions), missing=waiting)
         self._submit(blob, table, mine, background)
@@ -378,7 +378,7 @@ class Fetcher:
             begin, _ = table.stored_range(run)
             for position in run:
                 if todo[0] != position:
-                    # It has failed with the rest of its batch.
+                    # It has failed with the rest of its context.
                     continue
                 start = table.compressed_offsets[position] - begin
                 piece = stored[start : start + table.compressed_sizes[position]]
@@ -396,7 +396,7 @@ class Fetcher:
         except NydusError as error:
             failed = [todo.popleft()]
             if isinstance(error, CodecError):
-                failed += unpacker.table.rest_of_batch(position, todo)
+                failed += unpacker.table.rest_of_context(position, todo)
             for _ in failed[1:]:
                 todo.popleft()
             self._fail(blob, failed, error)

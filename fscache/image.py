@@ -20,6 +20,7 @@ from fscache.cachedblob import CachedBlob
 from fscache.config import DaemonConfig
 from fscache.dictionary import resolve
 from fscache.fetcher import Fetcher
+from fscache.layer import open_reader
 from fscache.metrics import CacheMetrics
 from fscache.mount import MountBusy, MountError
 from fscache.mounting import ROOT, ImageOptions, Mount, MountJob, Progress
@@ -116,6 +117,18 @@ class ServedImage:
         if domain.serves:
             self._prefetch(fetcher, domain)
 
+    def open_blobs(self, domain: Domain, fetcher: Fetcher) -> list[CachedBlob]:
+        """Open all blobs for one who serves them without a mount.
+
+        Raises `NydusError`, then nothing is left open.
+        """
+        with ExitStack() as stack:
+            stack.callback(self._stack.close)
+            blobs = self._acquire(domain)
+            stack.pop_all()
+        self._prefetch(fetcher, domain)
+        return blobs
+
     def _job(
         self, blobs: list[CachedBlob], options: ImageOptions, attaching: Callable[[Mount], None]
     ) -> MountJob:
@@ -152,7 +165,7 @@ class ServedImage:
         if domain.serves:
             self.trace = open_trace(self.bootstrap_file, self.config.rafs)
         for plan in self._plan.blobs:
-            reader = self.backend.open(plan.entry.id)
+            reader = open_reader(self.backend, plan)
             resolved = resolve(plan, self.config.work_dir, reader, self._retry)
             blobs.append(domain.acquire(resolved, reader, self.cache_metrics, self._retry))
             self._stack.callback(domain.release, reader)

@@ -1,7 +1,7 @@
 """Where the chunks of a blob are stored, by index, as its own table says: compact columns.
 
-Needed for blobs of batches: a bootstrap does not know where their chunks are (spec rafs-v6
-2.5, 4.9). Pure: nothing is read or written here.
+Needed for blobs of batches and for original layers: a bootstrap does not know how to get at
+their chunks (spec rafs-v6 2.5, 4.9, 4.10). Pure: nothing is read or written here.
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ from array import array
 
 from erofs.blobmeta import CompressionInfoV2
 from erofs.citable import CompressionTable
-from erofs.contexts import BatchContext
 from erofs.errors import CorruptStructure, OutOfBounds
 from erofs.rafs import ChunkInfo
+from erofs.stored import StoredData
 
-__all__ = ["NO_BATCH", "Places"]
+__all__ = ["NO_CONTEXT", "Places"]
 
-NO_BATCH = -1
+NO_CONTEXT = -1
 
 
 class Places:
-    """What a compression table says of each chunk: what to read, and its place in a batch."""
+    """What a compression table says of each chunk: what to read, and its place in a context.
+
+    A context is a batch, or a piece of gzip data; its chunks are read and decompressed together.
+    `overlap` tells whether what is read for neighbours may have bytes in common.
+    """
 
     def __init__(self, table: CompressionTable) -> None:
         count = len(table.entries)
@@ -29,21 +33,31 @@ class Places:
         self.offsets = array("Q", bytes(8 * count))
         self.sizes = array("I", bytes(4 * count))
         self.compressed = bytearray(count)
-        self.batch_numbers = array("i", bytes(4 * count))
-        self.batch_offsets = array("I", bytes(4 * count))
-        self.batches: tuple[BatchContext, ...] = table.batches
+        self.context_numbers = array("i", bytes(4 * count))
+        self.context_offsets = array("I", bytes(4 * count))
+        self.overlap = bool(table.zran)
+        self._batches, self._zran = table.batches, table.zran
+        self._dictionaries = table.dictionaries
         for index, entry in enumerate(table.entries):
             self.uncompressed_offsets[index] = entry.uncompressed_offset
             self.uncompressed_sizes[index] = entry.uncompressed_size
             self.offsets[index], self.sizes[index] = table.stored_range(index)
             self.compressed[index] = entry.is_compressed
-            self.batch_numbers[index] = NO_BATCH
-            if isinstance(entry, CompressionInfoV2) and entry.is_batch:
-                self.batch_numbers[index] = entry.context
-                self.batch_offsets[index] = entry.data
+            self.context_numbers[index] = NO_CONTEXT
+            if isinstance(entry, CompressionInfoV2) and entry.has_context:
+                self.context_numbers[index] = entry.context
+                self.context_offsets[index] = entry.data
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+    def unpack(
+        self, number: int, stored: bytes | memoryview, data: StoredData
+    ) -> bytes | bytearray | memoryview:
+        """Return the content of all chunks of a context; raise `CodecError`."""
+        if self._zran:
+            return self._zran[number].inflate(stored, self._dictionaries)
+        return data.batch(self._batches[number], stored)
 
     def check(self, row: ChunkInfo, stored_size: int) -> None:
         """Raise `FormatError` unless blob and bootstrap say the same of a chunk.
@@ -55,7 +69,7 @@ class Places:
         index = row.chunk_index
         found = [self.uncompressed_offsets[index], self.uncompressed_sizes[index]]
         expected = [row.uncompressed_offset, row.uncompressed_size]
-        if self.batch_numbers[index] == NO_BATCH:
+        if self.context_numbers[index] == NO_CONTEXT:
             found += [self.offsets[index], self.sizes[index], self.compressed[index]]
             expected += [row.compressed_offset, row.compressed_size, int(row.is_compressed)]
         if found != expected:

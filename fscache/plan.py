@@ -20,10 +20,14 @@ class PlanError(NydusError):
 
 @dataclass(frozen=True, slots=True)
 class BlobPlan:
-    """One blob: its table entry, and the chunks of it that files refer to."""
+    """One blob: its table entry, and the chunks of it that files refer to.
+
+    `tables_id` names the blob with the tables of an original layer, others have none.
+    """
 
     entry: BlobEntry
     chunks: Sequence[ChunkInfo]
+    tables_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +62,27 @@ def read_plan(path: Path, named: Path | None = None) -> ImagePlan:
         ids = blob_ids(image, named or path)
         return ImagePlan(
             [
-                BlobPlan(entry._replace(blob_id=name.encode("ascii", "backslashreplace")), infos)
+                BlobPlan(
+                    entry._replace(blob_id=name.encode("ascii", "backslashreplace")),
+                    infos,
+                    _tables_id(entry, named or path),
+                )
                 for entry, name, infos in zip(image.blobs, ids, chunks, strict=True)
             ],
             image.block_size,
         )
+
+
+def _tables_id(entry: BlobEntry, path: Path) -> str:
+    """Return what the tables of an original layer are called: by the entry, or as the bootstrap.
+
+    A bootstrap that was made inside of the tables does not know their name (spec rafs-v6 4.7).
+    """
+    if not entry.features & BlobFeatures.SEPARATE:
+        return ""
+    if any(entry.blob_meta_digest):
+        return entry.blob_meta_digest.hex()
+    return path.name.split(".", 1)[0]
 
 
 def _check_devices(image: Bootstrap) -> None:

@@ -20,6 +20,7 @@ from fscache.entry import Entry
 from fscache.environment import with_environment
 from fscache.exposition import exposition
 from fscache.lifecycle import State
+from fscache.nbd.daemon import NbdDaemon
 from fscache.node import NodeDaemon
 from fscache.prefetchlist import check_paths
 from fscache.prometheus import CONTENT_TYPE
@@ -31,6 +32,7 @@ from fscache.routes_metrics import (
     metrics,
     pattern,
 )
+from fscache.routes_nbd import nbd_answer
 from fscache.routes_singleton import singleton_answer
 from fscache.singleton import SingletonDaemon
 
@@ -246,8 +248,10 @@ _ROUTER = Router[NodeDaemon]({
 })  # fmt: skip
 
 
-def answer(daemon: NodeDaemon | SingletonDaemon, request: Request) -> Answer:
+def answer(daemon: NodeDaemon | SingletonDaemon | NbdDaemon, request: Request) -> Answer:
     """Answer a request; errors become statuses, nothing is raised but what is a bug."""
     if isinstance(daemon, SingletonDaemon):
         return singleton_answer(daemon, request)
+    if isinstance(daemon, NbdDaemon):
+        return nbd_answer(daemon, request)
     return _ROUTER.answer(daemon, request)

@@ -69,7 +69,7 @@ def waits_for_take_over(arguments: argparse.Namespace) -> bool:
     if arguments.supervisor is None or arguments.apisock is None:
         return False
     # Imported here, as nobody else needs them.
-    from fscache.api import is_stale
     from fscache.cachefiles.device import is_kept
+    from fscache.unixsocket import is_stale
 
     return is_stale(arguments.apisock) and is_kept()

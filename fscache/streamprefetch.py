@@ -33,20 +33,35 @@ STOP_SECONDS = 1.0
 
 
 class _Stream:
-    """Takes ascending ranges out of a stream; holds one piece of it.
+    """Takes ranges out of a stream, each at or behind the last one; holds that and one piece.
 
     Args:
         pieces: of the stored blob.
         position: where they begin in it.
+
+    `position` is what was read to, `earliest` where the next range may begin.
     """
 
     def __init__(self, pieces: Iterator[bytes], position: int) -> None:
         self._pieces = pieces
         self._piece = memoryview(b"")
-        self.position = position
+        self._last = b""
+        self.position = self.earliest = position
 
     def take(self, start: int, end: int) -> bytes | None:
-        """Return a range at or behind `position`, None when the stream ends before."""
+        """Return a range, None when the stream ends before."""
+        # Neighbours in gzip data have bytes in common.
+        shared = self._last[max(start - self.earliest, 0) :][: end - start]
+        if end <= self.position:
+            return shared
+        rest = self._take(max(start, self.position), end)
+        if rest is None:
+            return None
+        self._last, self.earliest = shared + rest if shared else rest, start
+        return self._last
+
+    def _take(self, start: int, end: int) -> bytes | None:
+        """Return a range at or behind `position`."""
         taken = bytearray()
         while self.position < end:
             if not self._piece:
@@ -149,7 +164,7 @@ class StreamPrefetch:
     def _take(self, blob: CachedBlob, table: BlobMap, stream: _Stream, group: range) -> bool:
         """Take a run of chunks from the stream and have it stored; return False when stopped."""
         start, length = table.stored_range(group)
-        if blob.chunks.all_ready(group) or start < stream.position:
+        if blob.chunks.all_ready(group) or start < stream.earliest:
             # Readers were faster, or chunks share their bytes: left to who wants them.
             return True
         begin = time.time()

@@ -17,10 +17,8 @@ from erofs.blobmeta import CI_ENTRY_V2_SIZE, CI_HEADER_SIZE, CompressionTableHea
 from erofs.citable import (
     CompressionTable,
     cached_size,
-    decompress_table,
     pack_cached,
     parse_cached,
-    parse_table,
 )
 from erofs.contexts import CONTEXT_SIZE
 from erofs.errors import (
@@ -32,7 +30,7 @@ from erofs.errors import (
 )
 from erofs.framing import TAR_HEADER_SIZE, Toc
 from erofs.rafs import MAX_CHUNKS_PER_BLOB, BlobEntry, BlobFeatures
-from erofs.view import View
+from erofs.stored import parse_stored_header, read_stored_table
 from fscache.backend.base import check_blob_id
 from fscache.cachefile import read_whole, replace
 
@@ -104,14 +102,12 @@ class TableFile:
         entry = self._entry
         with error_context(blob=self._blob_id):
             stored = memoryview(read(entry.ci_offset, entry.ci_compressed_size + CI_HEADER_SIZE))
-            packed = stored[entry.ci_compressed_size :]
-            header = CompressionTableHeader.parse(View(packed))
-            self._check_header(header)
-            plain = decompress_table(header, stored[: entry.ci_compressed_size])
+            self._check_header(parse_stored_header(entry, stored[entry.ci_compressed_size :]))
+            table, plain, packed = read_stored_table(entry, stored)
             toc = self._read_toc(read)
             if toc is not None:
                 _check_digests(toc, plain, packed)
-            return Fetched(parse_table(header, plain), pack_cached(plain, packed))
+            return Fetched(table, pack_cached(plain, packed))
 
     def keep(self, fetched: Fetched) -> None:
         """Write the file; a failure is logged only, since the table is good all the same."""
@@ -159,7 +155,10 @@ class TableFile:
 
     def _read_toc(self, read: ReadRange) -> Toc | None:
         """Return the blob's ToC, when the bootstrap knows its digest (spec rafs-v6 4.6)."""
-        size, end = self._entry.blob_toc_size, self._entry.compressed_size
+        entry = self._entry
+        is_layer = entry.features & BlobFeatures.SEPARATE
+        size = entry.blob_toc_size
+        end = entry.blob_meta_size if is_layer else entry.compressed_size
         if not size or self._entry.features & BlobFeatures.IS_CHUNKDICT_GENERATED:
             return None
         if not TAR_HEADER_SIZE <= size <= end:
@@ -176,7 +175,7 @@ class TableFile:
         return framing.parse_toc(raw, end)
 
 
-def _check_digests(toc: Toc, plain: bytes, packed: memoryview) -> None:
+def _check_digests(toc: Toc, plain: bytes, packed: bytes) -> None:
     for name, data in ((framing.SECTION_META, plain), (framing.SECTION_META_HEADER, packed)):
         entry = toc.find(name)
         if entry is None:

@@ -100,7 +100,7 @@ def read_blob(data, entry=None):
         with suppress(FormatError, CodecError, IntegrityError):
             read(blob)
     if entry is not None:
-        with suppress(FormatError):
+        with suppress(FormatError, CodecError):
             read_compression_header(blob, entry)
         with suppress(FormatError, CodecError):
             read_compression_table(blob, entry)

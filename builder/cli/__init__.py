@@ -2,59 +2,57 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from importlib import import_module
 
-from builder.cli import check, chunkdict, create, export, inspect, merge, stat, unpack
-from erofs.console import LOG_LEVELS, CommandParser, print_version, set_up_logging
+from builder.cli.common import logging_words
+from erofs.console import CommandParser, print_version, set_up_logging
 from erofs.errors import NydusError
 
 __all__ = ["main"]
 
-_COMMANDS = (create, chunkdict, merge, check, export, inspect, stat, unpack)
+_COMMANDS = {
+    "create": "Create RAFS filesystems from directories, tar files or OCI images",
+    "chunkdict": "Deduplicate RAFS filesystem metadata",
+    "merge": "Merge multiple bootstraps into a overlaid bootstrap",
+    "check": "Validate RAFS filesystem metadata",
+    "optimize": "Optimize By Prefetch",
+    "export": "Export RAFS filesystems as raw block disk images",
+    "inspect": "Inspect RAFS filesystem metadata in interactive or request mode",
+    "stat": "Generate statistics information for RAFS filesystems",
+    "compact": "(experimental)Compact specific nydus image, remove unused chunks in blobs,"
+    " merge small blobs",
+    "unpack": "Unpack a RAFS filesystem to a tar file",
+}
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
-def _parser() -> CommandParser:
-    logging_options = CommandParser(add_help=False)
-    logging_options.add_argument(
-        "-L",
-        "--log-file",
-        metavar="<log-file>",
-        type=Path,
-        default=argparse.SUPPRESS,
-        help="Log file path",
-    )
-    logging_options.add_argument(
-        "-l",
-        "--log-level",
-        metavar="<log-level>",
-        default=argparse.SUPPRESS,
-        choices=LOG_LEVELS,
-        help="Log level: [default: info] [possible values: trace, debug, info, warn, error]",
-    )
+def _parser(words: Sequence[str]) -> CommandParser:
+    """Return the parser; commands that are not in `words` are only listed, not loaded."""
+    parent = logging_words()
     parser = CommandParser(
         prog="nydus-image",
         description="Build, analyze, inspect or validate RAFS filesystems/Nydus accelerated"
         " container images",
-        parents=[logging_options],
+        parents=[parent],
     )
     parser.add_argument("-V", "--version", action="store_true", help="Print version")
     commands = parser.add_subparsers(title="Commands", metavar="[COMMAND]", dest="command")
-    for module in _COMMANDS:
-        module.add_parser(commands, logging_options)
+    for name, text in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, parents=[parent])
+        if name in words:
+            import_module(f"builder.cli.{name}").add_words(command)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = _parser(words).parse_args(words)
     if arguments.version:
         print_version("")
         return 0

@@ -7,17 +7,25 @@ import logging
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builder.backends import blob_directory
+from builder.backends import blob_directory, daemon_backend
 from builder.bootstrap import blob_ids, open_any_bootstrap
-from builder.cli.common import add_bootstrap_arguments, bootstrap_path, write_utf8
+from builder.cli.common import (
+    add_bootstrap_arguments,
+    add_config,
+    bootstrap_path,
+    takes_inlined,
+    write_utf8,
+)
 from builder.datacheck import check_data
 from builder.listing import blob_lines, inode_lines, log_features
 from builder.report import report, write_report
 from erofs import AnyBootstrap
 from erofs.check import ERROR, Finding, check_image
+from fscache.backend import Backend, open_backend
 
 if TYPE_CHECKING:
     from erofs.console import CommandParser
@@ -25,14 +33,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def add_parser(
-    commands: argparse._SubParsersAction[CommandParser], logging_options: CommandParser
-) -> None:
-    """Add the sub-command."""
-    text = "Validate RAFS filesystem metadata"
-    parser = commands.add_parser("check", help=text, description=text, parents=[logging_options])
+def add_words(parser: CommandParser) -> None:
+    """Add the words of the sub-command, and what carries it out."""
     parser.set_defaults(run=run, parser=parser)
     add_bootstrap_arguments(parser)
+    add_config(parser)
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="Output message in verbose mode"
     )
@@ -42,26 +47,27 @@ def add_parser(
     )  # fmt: skip
     parser.add_argument(
         "--data", action="store_true",
-        help="Read the blobs in <blob-dir>, too, and verify every chunk",
+        help="Read the blobs in <blob-dir>, or where <config> has them, and verify every chunk",
     )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, and say what is wrong or list what is there."""
-    if arguments.data and arguments.blob_dir is None:
+    if arguments.data and arguments.blob_dir is None and arguments.config is None:
         arguments.parser.error(
             "the following required arguments were not provided:\n  --blob-dir <blob-dir>"
         )
     path = bootstrap_path(arguments)
     start = time.monotonic()
-    with open_any_bootstrap(path, inlined=arguments.blob_dir is not None) as image:
+    with open_any_bootstrap(path, inlined=takes_inlined(arguments)) as image:
         log_features(image)
         ids = blob_ids(image, path)
         sound = _tell(("", finding) for finding in check_image(image))
         seconds = {"load_tree_from_bootstrap": time.monotonic() - start}
         if sound and arguments.data:
-            findings = check_data(image, ids, blob_directory(arguments.blob_dir))
-            sound = _tell((f"blob {blob_id}: ", finding) for blob_id, finding in findings)
+            with closing(_backend(arguments)) as backend:
+                findings = check_data(image, ids, backend, path)
+                sound = _tell((f"blob {blob_id}: ", finding) for blob_id, finding in findings)
         if not sound:
             return 1
         _list(image, ids, arguments.verbose)
@@ -76,6 +82,12 @@ def run(arguments: argparse.Namespace) -> int:
             )
             write_report(arguments.output_json, content, indent=None)
     return 0
+
+
+def _backend(arguments: argparse.Namespace) -> Backend:
+    if arguments.blob_dir is not None:
+        return blob_directory(arguments.blob_dir)
+    return open_backend(daemon_backend(arguments.config))
 
 
 def _tell(findings: Iterable[tuple[str, Finding]]) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.chunkdb import database_path
-from builder.cli.common import read_patterns
+from builder.cli.common import logging_words, read_patterns
 from builder.dictgenerate import DictionaryOptions, generate_dictionary
 from builder.prefetch import PrefetchPolicy
 from builder.report import report, write_report
@@ -19,23 +19,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def add_parser(
-    commands: argparse._SubParsersAction[CommandParser], logging_options: CommandParser
-) -> None:
-    """Add the sub-command and its own sub-command."""
-    text = "Deduplicate RAFS filesystem metadata"
-    parser = commands.add_parser(
-        "chunkdict", help=text, description=text, parents=[logging_options]
-    )
+def add_words(parser: CommandParser) -> None:
+    """Add the words of the sub-command, and what carries it out."""
     parser.set_defaults(run=_print_usage, parser=parser)
     kinds = parser.add_subparsers(title="Commands", metavar="[COMMAND]", dest="chunkdict")
     text = "Generate chunk dictionary based on database"
-    generate = kinds.add_parser("generate", help=text, description=text, parents=[logging_options])
+    generate = kinds.add_parser("generate", help=text, description=text, parents=[logging_words()])
     generate.set_defaults(run=run, parser=generate)
-    _add_words(generate)
+    _add_generate(generate)
 
 
-def _add_words(parser: CommandParser) -> None:
+def _add_generate(parser: CommandParser) -> None:
     parser.add_argument(
         "sources", metavar="<SOURCE>", nargs="+", type=Path,
         help="bootstrap paths (allow one or more), in directories named IMAGE:VERSION",

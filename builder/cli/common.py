@@ -10,16 +10,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 from builder.errors import BuildError
-from erofs.console import CommandParser, ProgressLine
+from erofs.console import LOG_LEVELS, CommandParser, ProgressLine
 
 __all__ = [
     "Progress",
     "add_bootstrap_arguments",
+    "add_config",
     "bootstrap_path",
+    "logging_words",
     "number",
     "read_patterns",
+    "takes_inlined",
     "write_utf8",
 ]
+
+
+def logging_words() -> CommandParser:
+    """Return the options that every sub-command takes, as a parent for its parser."""
+    options = CommandParser(add_help=False)
+    options.add_argument(
+        "-L", "--log-file", metavar="<log-file>", type=Path, default=argparse.SUPPRESS,
+        help="Log file path",
+    )  # fmt: skip
+    options.add_argument(
+        "-l", "--log-level", metavar="<log-level>", default=argparse.SUPPRESS,
+        choices=LOG_LEVELS,
+        help="Log level: [default: info] [possible values: trace, debug, info, warn, error]",
+    )  # fmt: skip
+    return options
 
 
 def number(text: str) -> int:
@@ -73,6 +91,25 @@ def add_bootstrap_arguments(parser: CommandParser) -> None:
         "-D", "--blob-dir", metavar="<blob-dir>", type=Path,
         help="Directory of data blobs; BOOTSTRAP may then be a blob with inlined metadata",
     )  # fmt: skip
+
+
+def add_config(parser: CommandParser) -> None:
+    """Add nydusd's configuration."""
+    parser.add_argument(
+        "-C", "--config", metavar="<config>", type=Path,
+        help="Configuration file for storage backend, cache and RAFS FUSE filesystem;"
+        " BOOTSTRAP may then be a blob with inlined metadata",
+    )  # fmt: skip
+
+
+def takes_inlined(arguments: argparse.Namespace) -> bool:
+    """Tell whether a bootstrap may be inside of a blob; raise `ConfigError`."""
+    if arguments.config is not None:
+        # Imported here, as what few commands need: every command imports this module.
+        from builder.backends import daemon_backend
+
+        daemon_backend(arguments.config)
+    return arguments.blob_dir is not None or arguments.config is not None
 
 
 def bootstrap_path(arguments: argparse.Namespace) -> Path:

@@ -9,17 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from builder import stargz
 from builder.attributes import parse_attributes
 from builder.backends import daemon_backend
 from builder.build import BuildOptions, BuildResult, SourceType, build
 from builder.chunkdict import dictionary_path
 from builder.cli.common import Progress, read_patterns
-from builder.cli.createwords import COMPRESSORS, DIGESTERS, SOURCE_TYPES, add_words
+from builder.cli.createwords import COMPRESSORS, DIGESTERS, SOURCE_TYPES, add_options
 from builder.errors import BuildError
 from builder.prefetch import PrefetchPolicy
 from builder.report import owner_events, report, write_report
 from builder.source.options import SourceOptions, WhiteoutSpec
 from erofs.cipher import BlobCipher
+from erofs.rafs import DEFAULT_CHUNK_SIZE
 
 if TYPE_CHECKING:
     from erofs.console import CommandParser
@@ -27,14 +29,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def add_parser(
-    commands: argparse._SubParsersAction[CommandParser], logging_options: CommandParser
-) -> None:
-    """Add the sub-command."""
-    text = "Create RAFS filesystems from directories or tar files"
-    parser = commands.add_parser("create", help=text, description=text, parents=[logging_options])
+def add_words(parser: CommandParser) -> None:
+    """Add the words of the sub-command, and what carries it out."""
     parser.set_defaults(run=run, parser=parser)
-    add_words(parser)
+    add_options(parser)
 
 
 def _check_words(arguments: argparse.Namespace) -> None:
@@ -53,7 +51,7 @@ def _check_words(arguments: argparse.Namespace) -> None:
         )
     if arguments.blob_cache_dir is not None:
         _check_cache(arguments)
-    elif arguments.blob is None and arguments.blob_dir is None:
+    elif arguments.blob is None and arguments.blob_dir is None and not _is_toc(arguments):
         parser.error(
             "the following required arguments were not provided:\n"
             "  --blob <blob> or --blob-dir <blob-dir>"
@@ -61,11 +59,20 @@ def _check_words(arguments: argparse.Namespace) -> None:
     if arguments.type == "tar-tarfs":
         _check_tarfs(arguments)
     if arguments.fs_version == "5":
+        if SOURCE_TYPES[arguments.type].is_reference:
+            raise BuildError(
+                f"'--fs-version 5' conflicts with conversion type '{arguments.type}', only V6 is"
+                " supported"
+            )
         raise BuildError("RAFS v5 is not written, only v6 is supported")
     if arguments.config is not None:
         daemon_backend(arguments.config)
     if arguments.source == "-" and arguments.prefetch_policy != "none":
         parser.error("standard input cannot be both the source and the prefetch list")
+
+
+def _is_toc(arguments: argparse.Namespace) -> bool:
+    return SOURCE_TYPES[arguments.type] is SourceType.ESTARGZTOC_REF
 
 
 def _check_cache(arguments: argparse.Namespace) -> None:
@@ -91,6 +98,12 @@ def _check_tarfs(arguments: argparse.Namespace) -> None:
         raise BuildError("conversion type 'tar-tarfs' conflicts with '--aligned-chunk'")
 
 
+def _chunk_size(arguments: argparse.Namespace) -> int:
+    if arguments.chunk_size is not None:
+        return int(arguments.chunk_size)
+    return stargz.DEFAULT_CHUNK_SIZE if _is_toc(arguments) else DEFAULT_CHUNK_SIZE
+
+
 def _options(arguments: argparse.Namespace, progress: Progress) -> BuildOptions:
     policy = PrefetchPolicy(arguments.prefetch_policy)
     return BuildOptions(
@@ -101,9 +114,11 @@ def _options(arguments: argparse.Namespace, progress: Progress) -> BuildOptions:
         blob_cache_dir=arguments.blob_cache_dir,
         inline_bootstrap=arguments.blob_inline_meta,
         blob_id=arguments.blob_id or None,
+        blob_meta=arguments.blob_meta,
+        blob_data_size=arguments.blob_data_size,
         blob_offset=arguments.blob_offset,
         toc="blob-toc" in arguments.features,
-        chunk_size=arguments.chunk_size,
+        chunk_size=_chunk_size(arguments),
         batch_size=arguments.batch_size,
         compressor=COMPRESSORS[arguments.compressor or "zstd"],
         digester=DIGESTERS[arguments.digester],

@@ -10,7 +10,7 @@ from builder.cli.common import number
 from builder.options import SourceType
 from builder.prefetch import PrefetchPolicy
 from builder.source.options import WhiteoutSpec
-from erofs.rafs import DEFAULT_CHUNK_SIZE, Compressor, Digester
+from erofs.rafs import Compressor, Digester
 
 if TYPE_CHECKING:
     from erofs.console import CommandParser
@@ -20,6 +20,8 @@ SOURCE_TYPES = {
     "dir-rafs": SourceType.DIRECTORY,
     "estargz-rafs": SourceType.TAR,
     "estargz-ref": SourceType.ESTARGZ_REF,
+    "estargztoc-ref": SourceType.ESTARGZTOC_REF,
+    "stargz_index": SourceType.ESTARGZTOC_REF,
     "tar-rafs": SourceType.TAR,
     "tar-tarfs": SourceType.TARFS,
     "targz-rafs": SourceType.TAR,
@@ -33,7 +35,7 @@ COMPRESSORS = {
 DIGESTERS = {"blake3": Digester.BLAKE3, "sha256": Digester.SHA256}
 
 
-def add_words(parser: CommandParser) -> None:
+def add_options(parser: CommandParser) -> None:
     """Add all options and the source."""
     parser.add_argument(
         "source",
@@ -88,14 +90,22 @@ def _add_names(parser: CommandParser) -> None:
     parser.add_argument(
         "--blob-id", metavar="<blob-id>", help="Name for the generated RAFS data blob"
     )
+    parser.add_argument(
+        "--blob-data-size", metavar="<blob-data-size>", type=number,
+        help="Set data blob size for 'estargztoc-ref' conversion",
+    )  # fmt: skip
+    parser.add_argument(
+        "--blob-meta", metavar="<blob-meta>", type=Path,
+        help="File path to save the chunk table for 'estargztoc-ref' conversion",
+    )  # fmt: skip
     parser.add_argument("--blob-offset", type=number, default=0, help=argparse.SUPPRESS)
 
 
 def _add_format(parser: CommandParser) -> None:
     parser.add_argument(
-        "--chunk-size", metavar="<chunk-size>", type=number, default=DEFAULT_CHUNK_SIZE,
+        "--chunk-size", metavar="<chunk-size>", type=number,
         help="Set the size of data chunks, must be power of two and between"
-        " 0x1000-0x1000000: [default: 0x100000]",
+        " 0x1000-0x1000000: [default: 0x100000, for estargztoc-ref 0x400000]",
     )  # fmt: skip
     parser.add_argument(
         "--batch-size", metavar="<batch-size>", type=number, default=0,

@@ -22,12 +22,8 @@ MAX_THREADS = 32
 PADDINGS = {"zero": VerityOptions(), "nydus": VerityOptions(filler=NYDUS_FILLER)}
 
 
-def add_parser(
-    commands: argparse._SubParsersAction[CommandParser], logging_options: CommandParser
-) -> None:
-    """Add the sub-command."""
-    text = "Export RAFS filesystems as raw block disk images"
-    parser = commands.add_parser("export", help=text, description=text, parents=[logging_options])
+def add_words(parser: CommandParser) -> None:
+    """Add the words of the sub-command, and what carries it out."""
     parser.set_defaults(run=run, parser=parser)
     parser.add_argument(
         "--block", action="store_true", required=True,

@@ -11,7 +11,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from builder.bootstrap import blob_ids, open_any_bootstrap
-from builder.cli.common import add_bootstrap_arguments, bootstrap_path, write_utf8
+from builder.cli.common import (
+    add_bootstrap_arguments,
+    add_config,
+    bootstrap_path,
+    takes_inlined,
+    write_utf8,
+)
 from builder.inspect import HELP, InspectError, Inspector
 from builder.listing import log_features, readable
 from erofs import NydusError
@@ -23,14 +29,11 @@ PROMPT = "Inspecting RAFS :> "
 _LEAVE = (b"exit", b"q")
 
 
-def add_parser(
-    commands: argparse._SubParsersAction[CommandParser], logging_options: CommandParser
-) -> None:
-    """Add the sub-command."""
-    text = "Inspect RAFS filesystem metadata in interactive or request mode"
-    parser = commands.add_parser("inspect", help=text, description=text, parents=[logging_options])
+def add_words(parser: CommandParser) -> None:
+    """Add the words of the sub-command, and what carries it out."""
     parser.set_defaults(run=run, parser=parser)
     add_bootstrap_arguments(parser)
+    add_config(parser)
     parser.add_argument(
         "-R", "--request", metavar="<request>",
         help="Inspect RAFS filesystem metadata in request mode",
@@ -41,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer one request, or as many as are typed."""
     write_utf8()
     path = bootstrap_path(arguments)
-    with open_any_bootstrap(path, inlined=arguments.blob_dir is not None) as image:
+    with open_any_bootstrap(path, inlined=takes_inlined(arguments)) as image:
         log_features(image)
         inspector = Inspector(image, blob_ids(image, path))
         if arguments.request is not None:

@@ -32,12 +32,8 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"not a list of numbers: '{text}'") from None
 
 
-def add_parser(
-    commands: argparse._SubParsersAction[CommandParser], logging_options: CommandParser
-) -> None:
-    """Add the sub-command."""
-    text = "Merge multiple bootstraps into a overlaid bootstrap"
-    parser = commands.add_parser("merge", help=text, description=text, parents=[logging_options])
+def add_words(parser: CommandParser) -> None:
+    """Add the words of the sub-command, and what carries it out."""
     parser.set_defaults(run=run, parser=parser)
     parser.add_argument(
         "sources", metavar="<SOURCE>", nargs="+", type=Path,

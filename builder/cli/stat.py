@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def add_parser(
-    commands: argparse._SubParsersAction[CommandParser], logging_options: CommandParser
-) -> None:
-    """Add the sub-command."""
-    text = "Generate statistics information for RAFS filesystems"
-    parser = commands.add_parser("stat", help=text, description=text, parents=[logging_options])
+def add_words(parser: CommandParser) -> None:
+    """Add the words of the sub-command, and what carries it out."""
     parser.set_defaults(run=run, parser=parser)
     parser.add_argument(
         "-B", "--bootstrap", metavar="<bootstrap>", type=Path,

@@ -17,7 +17,7 @@ from erofs import Node, error_context
 from erofs.layout import NAME_MAX, encode_device_number
 from erofs.tree import iter_names, split_xattr_name
 
-__all__ = ["load_tar"]
+__all__ = ["TreeLoader", "load_tar"]
 
 # eStargz keeps these in the root for itself.
 _SKIPPED = frozenset({b"stargz.index.json", b".prefetch.landmark", b".no.prefetch.landmark"})
@@ -50,18 +50,17 @@ class _Place(NamedTuple):
     path: _Parts
 
 
-class _Loader:
-    def __init__(
-        self,
-        stream: TarStream,
-        name: str,
-        sink: ContentSink,
-        options: SourceOptions,
-        in_place: bool,
-    ) -> None:
-        self._stream = stream
+class TreeLoader:
+    """Puts members into a tree, one after the other; `finish` when there are no more.
+
+    Args:
+        name: of the source.
+        options: what to take from it.
+        in_place: the image will refer to the tar, which cannot be done for sparse files.
+    """
+
+    def __init__(self, name: str, options: SourceOptions, *, in_place: bool = False) -> None:
         self._name = name
-        self._sink = sink
         self._options = options
         self._in_place = in_place
         self.root = Node.directory()
@@ -70,12 +69,17 @@ class _Loader:
         # Hard links to what has not come yet.
         self._waiting: dict[_Parts, TarMember] = {}
 
-    def load(self) -> Node:
-        for member in self._stream:
-            with error_context(path=self._name, entry=member.path, offset=member.offset):
-                file = self._add(member)
-            if file is not None:
-                self._sink.add_file(file, self._stream)
+    def add(self, member: TarMember) -> Node | None:
+        """Add a member, and return the file whose content is to be taken, if it is one.
+
+        Raises:
+            BuildError, FormatError: names source, entry and offset.
+        """
+        with error_context(path=self._name, entry=member.path, offset=member.offset):
+            return self._add(member)
+
+    def finish(self) -> Node:
+        """Return the root of the complete tree; raise `BuildError`."""
         self._link_waiting()
         self._settle_links()
         return self.root
@@ -139,7 +143,6 @@ class _Loader:
         return _Attributes(member.mode, *owner, mtime, nsec)
 
     def _add(self, member: TarMember) -> Node | None:
-        """Add a member to the tree; return the file whose content is to be taken, if it is one."""
         parts = self._parts(member.path)
         if not parts:
             if not stat.S_ISDIR(member.kind) or member.is_hardlink:
@@ -270,9 +273,15 @@ def load_tar(
         name: what to call it.
         sink: takes the content of files.
         options: what to take from it.
-        in_place: the image will refer to the tar, which cannot be done for sparse files.
+        in_place: as for `TreeLoader`.
 
     Raises:
         BuildError: names source, entry and offset.
     """
-    return _Loader(TarStream(stream, name), name, sink, options, in_place).load()
+    loader = TreeLoader(name, options, in_place=in_place)
+    members = TarStream(stream, name)
+    for member in members:
+        file = loader.add(member)
+        if file is not None:
+            sink.add_file(file, members)
+    return loader.finish()

@@ -30,6 +30,7 @@ from fscache.demand import Demand
 from fscache.dictionary import resolve
 from fscache.environment import with_environment
 from fscache.fetcher import Fetcher
+from fscache.layer import open_reader
 from fscache.metrics import CacheMetrics
 from fscache.plan import ImagePlan, read_plan
 from fscache.prefetch import Prefetch
@@ -131,7 +132,8 @@ class KernelImage:
         retry = retry_policy(self._config.backend)
         eager = self._prefetch_config.enable
         for item in plan.blobs:
-            reader = self.backend.open(check_name("blob id", item.entry.id))
+            check_name("blob id", item.entry.id)
+            reader = open_reader(self.backend, item)
             resolved = resolve(item, self._config.work_dir, reader, retry)
             blob = self._domain.acquire(resolved, reader, self.metrics, retry)
             stack.callback(self._domain.release, reader)

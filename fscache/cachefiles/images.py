@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 KIND = "kernel image"
 _REAP_SECONDS = 1.0
 _CLOSE_SECONDS = 10.0
+# For what is left of a mount that has just gone.
+_UNMOUNT_SECONDS = 2.0
+_PAUSE_SECONDS = 0.05
 
 
 class KernelImages:
@@ -110,18 +114,28 @@ class KernelImages:
     def _require_free(self, image: KernelImage) -> None:
         """Make sure that the kernel has nothing of another image under a name.
 
-        Raises `CachefilesError` when it has.
+        Waits a moment for one that was just unmounted. Raises `CachefilesError`.
         """
-        name = f"{image.scope}/{image.entry.id}"
+        end = time.monotonic() + _UNMOUNT_SECONDS
+        while not self._is_free(image):
+            if time.monotonic() > end:
+                raise CachefilesError(
+                    "name is in use by a mount of another image: unmount it first",
+                    errno.EBUSY, blob=f"{image.scope}/{image.entry.id}",
+                )  # fmt: skip
+            time.sleep(_PAUSE_SECONDS)
+
+    def _is_free(self, image: KernelImage) -> bool:
+        self._reap()
         others = [other for other in self._images if self._key(other) == self._key(image)]
         if any(not other.is_leaving for other in others):
             # A domain that is called as an entry without one is.
+            name = f"{image.scope}/{image.entry.id}"
             raise CachefilesError("name is in use by another entry", errno.EEXIST, blob=name)
-        if not others and not self._services.cache.cull(image.scope, image.entry.id):
-            raise CachefilesError(
-                "name is in use by a mount that nobody serves: unmount it first",
-                errno.EBUSY, blob=name,
-            )  # fmt: skip
+        if others:
+            return all(other.digest == image.digest for other in others)
+        # What the kernel has cached under the name may be of an image that was here before.
+        return self._services.cache.cull(image.scope, image.entry.id)
 
     def remove(self, domain_id: str, name: str) -> None:
         """Drop an entry, or with an empty name all of a domain; unknown ones are no error."""

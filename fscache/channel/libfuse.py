@@ -48,7 +48,7 @@ class _Messages:
         self.last: deque[str] = deque(maxlen=3)
         # A `va_list` argument is a pointer on all machines that `fscache.kernel` knows.
         prototype = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-        # Kept: libfuse calls it as long as the process lives.
+        # Kept: libfuse calls it as long as the process lives. mfusepy has no name for the function.
         self._callback = prototype(self._take)
         mfusepy._libfuse.fuse_set_log_func(self._callback)
 

@@ -7,6 +7,7 @@ comes after it when it was killed. Requests that were under way are sent again.
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import re
@@ -27,6 +28,7 @@ __all__ = [
     "device_index",
     "device_path",
     "identifier_at",
+    "identifier_of",
     "is_connected",
 ]
 
@@ -80,6 +82,16 @@ def _is_dropped(connection: socket.socket) -> bool:
     poll = select.poll()
     poll.register(connection, 0)
     return bool(poll.poll(0))
+
+
+def identifier_of(bootstrap: int) -> str:
+    """Return what the disk of a bootstrap is called in the kernel; its content decides.
+
+    `bootstrap` is an open descriptor.
+    """
+    with open(os.dup(bootstrap), "rb") as file:
+        file.seek(0)
+        return IDENTIFIER_PREFIX + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class KernelDevice:

@@ -162,7 +162,7 @@ class UnusedSource:
         if self._last[0] != index:
             with error_context(chunk=index):
                 stored = self._blob.read_stored(*table.stored_range(index), self._stop)
-                plain = table.unpack(index, stored, self._blob.map.compressor)
+                plain = self._blob.map.data.unpack(table, index, stored)
             self._last = (index, bytes(plain))
         return self._last[1]
 

@@ -6,9 +6,7 @@ in the flat address space. Imported when NBD is used.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,7 +16,7 @@ from fscache.demand import Demand
 from fscache.fetcher import Fetcher
 from fscache.mount import ErofsMount, mount_erofs
 from fscache.mounting import Mount, MountJob
-from fscache.nbd.device import IDENTIFIER_PREFIX, KernelDevice, device_index
+from fscache.nbd.device import KernelDevice, device_index, identifier_of
 from fscache.nbd.disk import Disk, image_disk, read_disk_plan
 from fscache.nbd.errors import DeviceError
 from fscache.nbd.probing import require_nbd
@@ -26,7 +24,7 @@ from fscache.nbd.server import DiskServer
 from fscache.sharing import Domain, prepare_work_dir
 from fscache.transport import Transport
 
-__all__ = ["DiskMount", "NbdDomain", "identifier_of"]
+__all__ = ["DiskMount", "NbdDomain"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +32,6 @@ logger = logging.getLogger(__name__)
 CONNECTIONS = 4
 _EROFS = Path("/sys/fs/erofs")
 _DETACH_SECONDS = 5.0
-
-
-def identifier_of(bootstrap: int) -> str:
-    """Return what the disk of a bootstrap is called in the kernel; its content decides.
-
-    `bootstrap` is an open descriptor.
-    """
-    with open(os.dup(bootstrap), "rb") as file:
-        file.seek(0)
-        return IDENTIFIER_PREFIX + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class DiskMount(ErofsMount):

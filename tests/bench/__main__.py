@@ -14,11 +14,14 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from fscache.channel.fuse import require_fuse
 from fscache.probe import lazy_supported, probe
+from fscache.sharing import LazyUnsupported
 from tests.bench import report
 from tests.bench.create import CreateBench, image_command
 from tests.bench.daemon import DaemonBench, start_row
 from tests.bench.disk import DiskBench
+from tests.bench.fuse import FuseBench
 from tests.bench.measure import INTERRUPTS, BenchError, run
 from tests.bench.metadata import MetadataBench
 from tests.bench.overlay import OverlayBench
@@ -108,10 +111,20 @@ class _Bench:
         big_image, small_image = self._build(tar, big), self._build(tree, small)
         tar.unlink()
         with Server.run([big, small]) as server:
-            image = Image(*small_image, small, server)
-            self._tell([start_row(settings, image, small)])
+            tree_image = Image(*small_image, small, server)
+            self._tell([start_row(settings, tree_image, small)])
             image = Image(*big_image, big, server)
             self._tell(DaemonBench(settings, image, digest, big).rows())
+            self._run_fuse(image, tree_image)
+
+    def _run_fuse(self, big: Image, tree: Image) -> None:
+        try:
+            require_fuse()
+        except LazyUnsupported as error:
+            self._skip(f"everything through FUSE: {error}")
+        else:
+            bench = FuseBench(self._settings, big, tree, self._place("fuse"))
+            self._tell(bench.rows())
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from erofs import open_bootstrap
 from fscache.backend import LocalFsConfig, open_backend
 from fscache.backend.retry import RetryPolicy
 from fscache.demand import Demand
@@ -10,8 +11,6 @@ from fscache.imagefiles import ImageFiles
 from fscache.metrics import CacheMetrics
 from fscache.plan import read_plan
 from fscache.sharing import Domain
-
-from erofs import open_bootstrap
 
 
 class OpenImage:

@@ -130,6 +130,16 @@ def stack():
         yield closers
 
 
+@pytest.fixture(scope="session")
+def minbase():
+    """A Debian minimal system as tar, made once by the demo."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nydus-erofs"
+    found = sorted(cache.glob("debian-*.tar")) if cache.is_dir() else []
+    if not found:
+        pytest.skip(f"no Debian tree in {cache}: run the demo once")
+    return found[0]
+
+
 @pytest.fixture(autouse=True)
 def own_holders(tmp_path_factory, monkeypatch):
     """Holders of killed daemons are this test's own, and end soon."""

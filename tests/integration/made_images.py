@@ -4,6 +4,7 @@ The judges are GNU tar and the kernel's overlayfs (`judges`).
 """
 
 import gzip
+import hashlib
 import re
 
 from fixtures_path import FIXTURES
@@ -36,11 +37,16 @@ def load(path):
 
 
 def make_store(top):
-    """Put all stored blobs of the cases into a directory, by id."""
+    """Put all stored blobs of the cases into a directory, by id, and layers that some refer to."""
     for path in CASES.rglob("*"):
         name = path.name.removesuffix(".gz")
         if path.is_file() and re.fullmatch("[0-9a-f]{64}", name) and path.stat().st_size:
             (top / name).write_bytes(load(path.parent / name))
+    layers = [path.read_bytes() for path in (MADE / "inputs").glob("*.tar.gz")]
+    layers += [gzip.decompress(layer) for layer in layers]
+    layers.append((FIXTURES / "nydus/stargz/alpine-stargz.tar.gz").read_bytes())
+    for layer in layers:
+        (top / hashlib.sha256(layer).hexdigest()).write_bytes(layer)
     return top
 
 

@@ -209,11 +209,7 @@ def test_broken_bootstraps_inside_of_a_blob(serving, store, tmp_path, what):
 
 @pytest.mark.parametrize(
     ("boot", "word"),
-    [
-        ("zran/boot", "ZRAN"),
-        ("encrypt-batch/boot", "ENCRYPTED"),
-        ("zran-plain-tar/boot", "SEPARATE"),
-    ],
+    [("encrypt-batch/boot", "ENCRYPTED")],
 )
 def test_what_is_not_served_yet(serving, store, tmp_path, boot, word):
     with pytest.raises(UnsupportedFeature, match=f"{word} is not supported"):

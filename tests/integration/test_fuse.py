@@ -1,33 +1,25 @@
-"""The FUSE channel against the kernel: what is shown, what is fetched, and how mounts end.
-
-What is expected comes from others: sources, GNU tar, the kernel's own EROFS.
-"""
+"""The FUSE channel against the kernel: what is asked for and fetched, and how mounts end."""
 
 import errno
-import gzip
 import hashlib
 import json
 import os
 import random
-import shutil
 import signal
-import stat
 import subprocess
 import threading
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from awkward import make_directory, make_layers
-from capabilities import need_tool, requires
+from capabilities import requires
 from fakes.blob_server import BlobServer
-from fixtures_path import FIXTURES, needs_fixtures
-from judges import expected_layers, expected_tar
-from serving import Built, Child, build_image, build_layers, wait_until, write_config
-from treecompare import differences, read_tree
+from fuserig import ALL, assert_same, http, start
+from serving import Child, build_image, wait_until, write_config
+from treecompare import read_tree
 
 import fscache.image
-from fscache.backend import HttpProxyConfig, LocalFsConfig
+from fscache.backend import LocalFsConfig
 from fscache.backend.retry import RetryPolicy
 from fscache.channel import fuse
 from fscache.channel.fuseops import Operations
@@ -35,25 +27,13 @@ from fscache.config import DaemonConfig
 from fscache.daemon import Transport
 from fscache.mount import MountBusy, MountError
 from fscache.node import NodeDaemon, NodeOptions
-from fscache.place import Mounted, mounted_at
+from fscache.place import mounted_at
 
 pytestmark = [pytest.mark.root, requires("root", "fuse")]
 
 CHUNK = 0x10000
 CHUNKS = 48
-OURS = Mounted("fuse.nydusd", "nydusd")
 
-_STATUS = """
-import os, sys, json
-top = os.fsencode(sys.argv[1])
-for directory, names, files in os.walk(top):
-    for name in [b"."] + names + files:
-        status = os.lstat(directory + b"/" + name)
-        fields = [getattr(status, "st_" + field) for field in
-            "mode ino nlink uid gid rdev size blksize blocks mtime_ns atime_ns ctime_ns".split()]
-        print(os.fsdecode(directory[len(top):] + b"/" + name).encode(errors="surrogateescape"),
-              *fields)
-"""
 _READ_RANGES = """
 import hashlib, json, os, sys
 fd = os.open(sys.argv[1], os.O_RDONLY)
@@ -131,142 +111,18 @@ def few_attempts(monkeypatch):
     monkeypatch.setattr(fscache.image, "retry_policy", lambda _: retry)
 
 
-def http(server):
-    return HttpProxyConfig(addr=server.address)
-
-
-def start(serving, image, backend=None, **options):
-    daemon = serving.start(image, backend, transport=Transport.FUSE, **options)
-    assert mounted_at(daemon.mountpoint) == OURS
-    return daemon
-
-
-def shown(serving, image):
-    """Serve an image and return the whole tree as its mount shows it."""
-    return serving.snapshot(start(serving, image).mountpoint)
-
-
-def assert_same(expected, got):
-    lines = differences(expected, got)
-    assert not lines, "\n".join(lines[:20])
-
-
 def page(source, offset):
     with (source / "big").open("rb") as file:
         return os.pread(file.fileno(), 4096, offset)
 
 
-# What is shown
-
-
-def test_directory_with_what_only_directories_have(serving):
-    need_tool("setfacl")
-    top = serving.directory / "source"
-    make_directory(top)
-    expected = read_tree(top)
-    expected[b"/"] = expected[b"/"]._replace(mtime_ns=0)
-    assert_same(expected, shown(serving, build_image(top, serving.directory / "image")))
-
-
-@needs_fixtures
-def test_all_entry_types_of_the_fixture(serving):
-    tar = FIXTURES / "nydus/tar/all-entry-type.tar"
-    expected = expected_tar(tar, serving.directory / "expected")
-    got = shown(serving, build_image(tar, serving.directory / "image"))
-    assert_same(expected, got)
-    assert len(got[b"/tar/dir2/hardlink3.txt"].links) == 4
-
-
-def test_merged_layers(serving, tmp_path):
-    for tool in ("setfacl", "setcap", "setfattr", "tar"):
-        need_tool(tool)
-    layers = make_layers(tmp_path)
-    expected = expected_layers(layers, tmp_path)
-    image = build_layers(layers, serving.directory / "image", chunk_size=0x1000)
-    assert_same(expected, shown(serving, image))
-
-
-def test_installed_software(serving):
-    top = serving.directory / "source"
-    top.mkdir()
-    for part in ("usr/share/zoneinfo", "usr/lib/python3"):
-        if (Path("/") / part).is_dir():
-            (top / part).parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run(["cp", "-a", Path("/") / part, top / part], check=True)
-    expected = read_tree(top)
-    expected[b"/"] = expected[b"/"]._replace(mtime_ns=0)
-    assert_same(expected, shown(serving, build_image(top, serving.directory / "image")))
-
-
-@requires("fanotify", "erofs_mount")
-def test_status_is_that_of_the_kernels_erofs(serving, tmp_path):
-    """Inode numbers and blocks, too."""
-    layers = make_layers(tmp_path)
-    image = build_layers(layers, serving.directory / "image")
-    texts = []
-    for transport in (Transport.FUSE, Transport.FANOTIFY):
-        daemon = serving.start(image, transport=transport)
-        texts.append(sorted(serving.child(_STATUS, daemon.mountpoint).finish().splitlines()))
-        space = os.statvfs(daemon.mountpoint)
-        texts[-1].append((space.f_bsize, space.f_frsize, space.f_blocks, space.f_namemax))
-        assert space.f_flag & os.ST_RDONLY
-        daemon.stop()
-    assert texts[0] == texts[1]
+# What is asked for
 
 
 def test_mapped_and_executed(serving, image, source):
     daemon = start(serving, image)
     out = serving.child(_MAP_AND_RUN, daemon.mountpoint).finish()
     assert out == (source / "big").read_bytes()[100_000:100_100] + b"b'ran\\n'\n"
-
-
-def test_set_user_id_counts_and_devices_open(serving):
-    """Containers run from such mounts."""
-    top = serving.directory / "source"
-    top.mkdir()
-    subprocess.run(["cp", "/usr/bin/id", top / "id"], check=True)
-    (top / "id").chmod(0o4755)
-    os.mknod(top / "null", stat.S_IFCHR, os.makedev(1, 3))
-    (top / "null").chmod(0o666)
-    mountpoint = start(serving, build_image(top, serving.directory / "image")).mountpoint
-    serving.directory.chmod(0o755)
-    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    assert _allowed(serving.directory)
-    done = subprocess.run(
-        [*command, "sh", "-c", f"{mountpoint}/id -u; echo x > {mountpoint}/null"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.stdout == "0\n", done.stderr
-    assert "cannot create" not in done.stderr
-
-
-def _allowed(path):
-    """Let everybody through the directories above a path of a test."""
-    for parent in [path, *path.parents]:
-        if parent.stat().st_mode & 0o005 != 0o005:
-            parent.chmod(parent.stat().st_mode | 0o055)
-    return True
-
-
-def test_permissions_are_the_kernels(serving):
-    top = serving.directory / "source"
-    top.mkdir()
-    (top / "secret").write_bytes(b"secret")
-    (top / "secret").chmod(0o600)
-    mountpoint = start(serving, build_image(top, serving.directory / "image")).mountpoint
-    assert _allowed(serving.directory)
-    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    done = subprocess.run(
-        [*command, "cat", mountpoint / "secret"], capture_output=True, text=True, check=False
-    )
-    assert "Permission denied" in done.stderr
-    done = subprocess.run(
-        ["touch", mountpoint / "new"], capture_output=True, text=True, check=False
-    )
-    assert os.strerror(errno.EROFS) in done.stderr
-
-
-# What is asked for
 
 
 def test_the_kernel_keeps_what_it_knows(serving, image, monkeypatch):
@@ -379,9 +235,6 @@ def test_failures_are_io_errors_and_pass(serving, server, image, source, few_att
             return False
 
     wait_until(right)
-
-
-ALL = [Transport.FANOTIFY, Transport.FUSE, Transport.EAGER]
 
 
 @requires("fanotify", "erofs_mount")
@@ -532,31 +385,6 @@ def test_several_images_below_one_mount_point(serving, server, image, source):
     assert serving.read(top / "a/small") == b"small"
     node.unmount("/a")
     wait_until(lambda: not node.runtime._leaving)
-
-
-@needs_fixtures
-@requires("fanotify", "erofs_mount")
-@pytest.mark.parametrize("transport", ALL)
-@pytest.mark.parametrize(
-    ("case", "layer"), [("tar-v5", "l2"), ("tar-v5-none-sha256-aligned", "l3")]
-)
-def test_rafs_v5_in_every_way(serving, tmp_path, transport, case, layer):
-    folder = FIXTURES / "made-by-nydus-image"
-    tar = tmp_path / "layer.tar"
-    tar.write_bytes(gzip.decompress((folder / "inputs" / f"{layer}.tar.gz").read_bytes()))
-    blobs = tmp_path / "blobs"
-    blobs.mkdir()
-    for path in (folder / "cases" / case).iterdir():
-        shutil.copy(path, blobs)
-    expected = expected_tar(tar, tmp_path / "expected")
-    # Of the times of the names of one inode, v5's first one counts.
-    for name in {b"/own2", b"/own2-link"} & expected.keys():
-        expected[name] = expected[name]._replace(mtime_ns=1700000022 * 10**9)
-    image = Built(blobs / "boot", blobs)
-    for _ in range(2):
-        daemon = serving.start(image, transport=transport)
-        assert_same(expected, serving.snapshot(daemon.mountpoint))
-        daemon.stop()
 
 
 @requires("overlay")

@@ -23,7 +23,9 @@ pytestmark = [pytest.mark.root, requires("root", "fuse")]
 
 NOBODY = 65534
 TIMEOUT = 60
-_ENTER = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+_BECOME = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+# Reads what lies in root's home, an interpreter or this checkout, and may nothing else.
+_READ = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"]
 _NAMESPACE = """
 mount -t tmpfs -o mode=755 tmpfs /mnt && mknod -m 666 /mnt/fuse c 10 229 &&
 mount --bind /mnt/fuse /dev/fuse && echo ready && read -r _
@@ -49,16 +51,17 @@ def _environment():
     return {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(paths), "LC_ALL": "C.UTF-8"}
 
 
-def _python():
-    """Return an interpreter that others may run, too; ours may lie in root's home."""
-    for python in (sys.executable, shutil.which("python3", path="/usr/bin")):
-        if python is not None:
-            done = subprocess.run(
-                [*_ENTER, python, "-c", "import fscache.cli, mfusepy, zstandard, treecompare"],
-                env=_environment(), capture_output=True, check=False,
-            )  # fmt: skip
-            if done.returncode == 0:
-                return python
+def _find_python():
+    """Return how to become `nobody`, and an interpreter that then finds our packages."""
+    for become in (_BECOME, _BECOME + _READ):
+        for python in (sys.executable, shutil.which("python3", path="/usr/bin")):
+            if python is not None:
+                done = subprocess.run(
+                    [*become, python, "-c", "import fscache.cli, mfusepy, zstandard, treecompare"],
+                    env=_environment(), capture_output=True, check=False,
+                )  # fmt: skip
+                if done.returncode == 0:
+                    return become, python
     (pytest.fail if CI else pytest.skip)("no Python with our packages that `nobody` may run")
     return None
 
@@ -69,7 +72,7 @@ class User:
     def __init__(self, home, stack):
         self.home = home
         self.stack = stack
-        self.python = _python()
+        self._become, self.python = _find_python()
         self.source = home / "source"
         self.source.mkdir()
         subprocess.run(["cp", "-a", "/usr/share/zoneinfo", self.source / "zoneinfo"], check=True)
@@ -96,7 +99,9 @@ class User:
     def start(self, *words, **pipes):
         """Start a program of the user in the namespace."""
         enter = ["nsenter", f"--mount=/proc/{self._first.pid}/ns/mnt", f"--wdns={self.home}"]
-        process = subprocess.Popen([*enter, *_ENTER, *map(str, words)], env=_environment(), **pipes)
+        process = subprocess.Popen(
+            [*enter, *self._become, *map(str, words)], env=_environment(), **pipes
+        )
 
         def end():
             if process.poll() is None:

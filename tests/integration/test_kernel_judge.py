@@ -4,7 +4,6 @@ What is expected comes from others: the source directory itself, GNU tar, the ke
 overlayfs for layers. What is got is read through the mount, chunk by chunk on demand.
 """
 
-import os
 import stat
 import subprocess
 import tarfile
@@ -207,16 +206,6 @@ def check_by_fsck(serving, image, expected):
         for name, entry in expected.items()
     }
     assert_same(expected, got, ignore=frozenset({"xattrs", "links"}))
-
-
-@pytest.fixture(scope="session")
-def minbase():
-    """A Debian minimal system as tar, made once by the demo."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nydus-erofs"
-    found = sorted(cache.glob("debian-*.tar")) if cache.is_dir() else []
-    if not found:
-        pytest.skip(f"no Debian tree in {cache}: run the demo once")
-    return found[0]
 
 
 def test_debian_minimal_system(serving, minbase):

@@ -58,6 +58,11 @@ SEPARATE = [
     ("chunkdict/l2.boot", ["l2"]),
     ("chunkdict-all-hit/same.boot", ["l3"]),
     ("chunkdict-generate-versions/use.boot", ["l3"]),
+    ("zran/boot", ["l1"]),
+    ("zran-big/boot", ["big"]),
+    ("zran-big-64k/boot", ["big"]),
+    ("zran-multi-member/boot", ["l2"]),
+    ("zran-plain-tar/boot", ["l3"]),
 ]
 
 
@@ -67,8 +72,8 @@ def test_separate_bootstraps(serving, store, truth, tmp_path, boot, layers):
     daemon = check(serving, image, truth(*layers))
     metas = {path.name for path in (tmp_path / "cache").glob(f"*{META_SUFFIX}")}
     with open_bootstrap(image.bootstrap) as bootstrap:
-        # Batches and generated dictionaries; nobody needs the tables of others.
-        needed = {e.id + META_SUFFIX for e in bootstrap.blobs if e.features & 0x280}
+        # Batches, gzip data and generated dictionaries; nobody needs the tables of others.
+        needed = {e.id + META_SUFFIX for e in bootstrap.blobs if e.features & 0x288}
     assert metas == needed
     daemon.stop()
     # Again with what is in the cache, and no backend.
@@ -83,6 +88,8 @@ INLINED = [
     ("tar-inline-toc/blob.nydus", ["l1"]),
     ("tar-inline-toc-lz4/blob.nydus", ["l2"]),
     ("chunkdict/l3.nydus", ["l3"]),
+    ("merge-zran/l2.zran", ["l2"]),
+    ("merge-zran/l3.zran", ["l3"]),
     ("tar-nodata-inline/blob.nydus", ["nodata"]),
     ("tar-nodata-inline-notoc/blob.nydus", ["nodata"]),
 ]
@@ -147,11 +154,17 @@ def test_merged_layers(serving, store, truth, tmp_path, boot, layers, named):
 
 
 @pytest.mark.parametrize("transport", [Transport.FANOTIFY, Transport.FUSE, Transport.EAGER])
-@pytest.mark.parametrize("boot", ["batch-4k-zstd/boot", "chunkdict-generate-versions/use.boot"])
-def test_in_every_way(serving, store, truth, tmp_path, boot, transport):
+@pytest.mark.parametrize(
+    ("boot", "layers"),
+    [
+        ("batch-4k-zstd/boot", ["batch"]),
+        ("chunkdict-generate-versions/use.boot", ["l3"]),
+        ("zran-big-64k/boot", ["big"]),
+    ],
+)
+def test_in_every_way(serving, store, truth, tmp_path, boot, layers, transport):
     image = place(tmp_path, store, boot)
     daemon = serving.start(image, transport=transport)
-    layers = ["batch"] if "batch" in boot else ["l3"]
     assert wrong(truth(*layers), serving.snapshot(daemon.mountpoint)) == []
 
 

@@ -10,8 +10,9 @@ PUBLIC = {
         OutOfBounds PlacedBlob Translation UnsupportedFeature check_blob check_image dump_blob
         dump_image error_context load_tree open_bootstrap open_image open_rafs translate
         write_bootstrap""",
-    "builder": """BuildError BuildOptions BuildResult ExportOptions ExportResult MergeOptions
-        PrefetchPolicy SourceOptions SourceType VerityOptions WhiteoutSpec build export_block merge
+    "builder": """BuildError BuildOptions BuildResult CompactOptions DictionaryOptions ExportOptions
+        ExportResult FileRanges MergeOptions OptimizeOptions PrefetchPolicy SourceOptions SourceType
+        VerityOptions WhiteoutSpec build compact export_block generate_dictionary merge optimize
         unpack""",
     "fscache.backend": """AuthError Backend BackendConfig BackendError BackendMetrics BlobReader
         Credentials HttpProxyConfig LocalFsConfig MirrorConfig NotFound ProxyConfig RegistryConfig

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from vmlab.booting import boot, boot_defect
 from vmlab.catalogue import KERNELS
 from vmlab.errors import LabError

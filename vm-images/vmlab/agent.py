@@ -10,6 +10,7 @@ import fcntl
 import os
 import select
 import signal
+import stat
 import struct
 import sys
 import termios
@@ -30,6 +31,24 @@ def _open_port() -> int:
             if file.read().strip() == frames.PORT_NAME:
                 return os.open(f"/dev/{entry}", os.O_RDWR | os.O_CLOEXEC)
     raise OSError(f"no virtio-serial port is called {frames.PORT_NAME}")
+
+
+def _make_nodes() -> None:
+    """Make the device nodes whose opening loads a module; elsewhere systemd does that.
+
+    Lines of `modules.devname` are like `dm_mod mapper/control c10:236`.
+    """
+    with open(f"/lib/modules/{os.uname().release}/modules.devname") as file:
+        for line in file:
+            if line.startswith("#"):
+                continue
+            _, name, numbers = line.split()
+            major, minor = map(int, numbers[1:].split(":"))
+            kind = stat.S_IFBLK if numbers[0] == "b" else stat.S_IFCHR
+            path = f"/dev/{name}"
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            if not os.path.exists(path):
+                os.mknod(path, kind | 0o600, os.makedev(major, minor))
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -190,6 +209,7 @@ class _Agent:
 
 def main() -> None:
     """Serve the host; the guest ends with this process."""
+    _make_nodes()
     agent = _Agent(_open_port())
     agent.send(frames.READY, {"release": os.uname().release})
     agent.serve()

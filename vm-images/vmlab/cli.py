@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from vmlab.booting import BOOT_SECONDS, boot
@@ -30,24 +32,53 @@ _SHELL = ("/bin/bash", "--noprofile", "--norc", "-i")
 
 
 class _Progress:
-    """Says on standard error what is going on: one line that changes on a terminal."""
+    """Says on standard error what is going on: on a terminal one line with a running clock."""
 
     def __init__(self, quiet: bool) -> None:
         self._terminal = sys.stderr.isatty()
         self._quiet = quiet
-        self._start = time.monotonic()
+        self._text = ""
+        self._start = 0.0
+        self._done = threading.Event()
+        self._clock = threading.Thread(target=self._tick, daemon=True)
 
-    def say(self, text: str) -> None:
-        if self._quiet:
-            return
-        line = f"vm-images: {text} … {time.monotonic() - self._start:.0f} s"
-        sys.stderr.write(f"\r\x1b[K{line}" if self._terminal else f"{line}\n")
+    def _draw(self) -> None:
+        line = f"vm-images: {self._text} … {time.monotonic() - self._start:.0f} s"
+        sys.stderr.write(f"\r\x1b[K{line}")
         sys.stderr.flush()
 
-    def clear(self) -> None:
-        if self._terminal and not self._quiet:
+    def _tick(self) -> None:
+        while not self._done.wait(1):
+            self._draw()
+
+    def say(self, text: str) -> None:
+        """Begin a step."""
+        if self._quiet:
+            return
+        if not self._terminal:
+            print(f"vm-images: {text}", file=sys.stderr, flush=True)
+            return
+        self._text, self._start = text, time.monotonic()
+        self._draw()
+        if not self._clock.is_alive():
+            self._clock.start()
+
+    def end(self) -> None:
+        """Give the line to others; nothing can be said after that."""
+        if self._clock.is_alive():
+            self._done.set()
+            self._clock.join()
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[_Progress]:
+    progress = _Progress(quiet)
+    try:
+        yield progress
+    finally:
+        progress.end()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,6 +129,21 @@ def _fetch(kernel: Kernel, progress: _Progress) -> StoredKernel:
     return fetch(kernel, lambda text: progress.say(f"{kernel.name}: {text}"))
 
 
+def _fetch_all(kernels: Sequence[Kernel], quiet: bool) -> int:
+    """Get what can be got; Debian releases do not have the same kernels."""
+    status = 0
+    for kernel in kernels:
+        try:
+            with _progress(quiet) as progress:
+                stored = _fetch(kernel, progress)
+        except LabError as error:
+            print(f"vm-images: {kernel.name}: {error}", file=sys.stderr, flush=True)
+            status = STATUS_LAB
+        else:
+            print(f"{kernel.name}: {stored.version} in {stored.directory}", flush=True)
+    return status
+
+
 def _environment(words: Sequence[str]) -> dict[str, str]:
     pairs = (word.partition("=") for word in words)
     return {name: value if equals else os.environ.get(name, "") for name, equals, value in pairs}
@@ -132,12 +178,16 @@ def _command(guest: Guest, options: argparse.Namespace, command: Sequence[str]) 
     ).status
 
 
-def _run(options: argparse.Namespace, command: Sequence[str], progress: _Progress) -> int:
+def _boot(options: argparse.Namespace) -> Guest:
     kernel = find_kernel(options.kernels[0])
-    stored = find(kernel) or _fetch(kernel, progress)
-    progress.say(f"booting Linux {stored.release}")
-    with boot(stored, kernel, _hardware(options), BOOT_SECONDS) as guest:
-        progress.clear()
+    with _progress(options.quiet) as progress:
+        stored = find(kernel) or _fetch(kernel, progress)
+        progress.say(f"booting Linux {stored.release}")
+        return boot(stored, kernel, _hardware(options), BOOT_SECONDS)
+
+
+def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
+    with _boot(options) as guest:
         try:
             status = _command(guest, options, command)
         finally:
@@ -152,23 +202,14 @@ def _work(argv: Sequence[str]) -> int:
     command = words[cut + 1 :]
     parser = _parser()
     options = parser.parse_args(words[:cut])
-    progress = _Progress(options.quiet)
     if options.list:
         _list()
         return 0
     if options.fetch:
-        for name in options.kernels or KERNELS:
-            kernel = find_kernel(name)
-            stored = _fetch(kernel, progress)
-            progress.clear()
-            print(f"{kernel.name}: {stored.version} in {stored.directory}")
-        return 0
+        return _fetch_all([find_kernel(name) for name in options.kernels or KERNELS], options.quiet)
     if len(options.kernels) != 1 or not (command or options.shell):
         parser.error("one KERNEL, and a COMMAND behind -- or --shell, are needed")
-    try:
-        return _run(options, command, progress)
-    finally:
-        progress.clear()
+    return _run(options, command)
 
 
 def _terminated(*_: object) -> NoReturn:
@@ -185,6 +226,8 @@ def main() -> int:
     except GuestTimeout as error:
         print(f"vm-images: {error}", file=sys.stderr)
         return STATUS_TIMEOUT
-    except LabError as error:
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    except (LabError, OSError) as error:
         print(f"vm-images: {error}", file=sys.stderr)
         return STATUS_LAB

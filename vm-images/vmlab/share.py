@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG = 1
 
 def find_virtiofsd() -> str:
     """Return the path of virtiofsd; `LabError`: it is not installed, or this is not root."""
-    path = need("virtiofsd", "qemu-system-common")
+    path = need("virtiofsd", "qemu-system-common, or virtiofsd from Debian 13 on")
     if os.geteuid() != 0:
         raise LabError("sharing the root by virtiofsd needs root; kernel 6.12-generic does not")
     return path

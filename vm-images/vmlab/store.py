@@ -165,8 +165,12 @@ def _prepare(kernel: Kernel, package: KernelPackage, directory: Path, say: Say) 
     unpack_kernel(root / f"boot/vmlinuz-{release}", entry / "vmlinux")
     (root / f"boot/config-{release}").rename(entry / "config")
     tree.rename(entry / "modules")
-    record = {"kernel": kernel.name, "release": release, "version": package.version}
-    record["packages"] = " ".join(file.name for file in files)
+    record = {
+        "kernel": kernel.name,
+        "release": release,
+        "version": package.version,
+        "packages": [file.name for file in files],
+    }
     (entry / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
     os.sync()
     return entry

@@ -2,7 +2,8 @@
 
 Arguments: `sequential PATH STREAMS PASSES SHA256` reads everything so many times with so many
 threads, and then compares unless the digest is `-`; `random PATH SEED COUNT` reads 4 KiB of
-COUNT different chunks. Prints the seconds of each pass or read as a JSON list.
+COUNT different chunks; `walk PATH PASSES` asks for the attributes of all that is beside PATH and
+below. Prints the seconds of each pass or read as a JSON list.
 """
 
 from __future__ import annotations
@@ -71,4 +72,16 @@ def scattered(path: str, seed: str, count: str) -> list[float]:
     return seconds
 
 
-print(json.dumps({"sequential": sequential, "random": scattered}[sys.argv[1]](*sys.argv[2:])))
+def walk(path: str, passes: str) -> list[float]:
+    seconds = []
+    for _ in range(int(passes)):
+        start = time.perf_counter()
+        for directory, names, files in os.walk(Path(path).parent):
+            for name in names + files:
+                os.lstat(os.path.join(directory, name))
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+KINDS = {"sequential": sequential, "random": scattered, "walk": walk}
+print(json.dumps(KINDS[sys.argv[1]](*sys.argv[2:])))

@@ -85,7 +85,7 @@ def test_flipped_byte_is_never_returned():
             read_chunk(View(stored), blob.entry, chunk_of(blob, 0))
 
 
-@pytest.mark.parametrize("feature", ["ZRAN", "EXTERNAL"])
+@pytest.mark.parametrize("feature", ["EXTERNAL"])
 def test_unsupported_blobs_are_named(feature):
     blob = Blob([4096])
     entry = blob.entry._replace(features=blob.entry.features | BlobFeatures[feature])

@@ -64,7 +64,7 @@ def test_batches():
     table = parse_table(*table_of(BATCHED, BATCHES, BATCH))
     assert list(table.entries) == BATCHED
     assert list(table.batches) == BATCHES
-    assert [table.batch_of(index) for index in range(4)] == [0, 0, None, 1]
+    assert [table.context_of(index) for index in range(4)] == [0, 0, None, 1]
     assert [table.stored_range(index) for index in range(4)] == [
         (0, 60), (0, 60), (60, 0x1000), (0x103C, 3),
     ]  # fmt: skip
@@ -90,7 +90,7 @@ def test_zran():
     table = parse_table(*table_of(ZRANNED, ZRANS, ZRAN, tail=b"dict"))
     assert list(table.zran) == ZRANS
     assert table.dictionaries == b"dict"
-    assert table.batch_of(0) is None
+    assert table.context_of(0) == 0
 
 
 def test_what_the_bootstrap_says():
@@ -185,7 +185,8 @@ def test_batches_of_impossible_sizes(batch):
         {"ctx_bits": 8},
         {"in_len": 0},
         {"out_len": 0},
-        {"out_len": (1 << 24) + 1},
+        {"out_len": (1 << 25) + 1},
+        {"in_len": (1 << 25) + 1},
         {"in_offset": 1 << 63},
         {"dict_size": 5},
         {"dict_offset": 1},

@@ -1,21 +1,22 @@
 import io
 import random
+import struct
 import threading
 
 import pytest
 from fakes.built import built, member, tar_of
-from fakes.nbd_rig import RETRY, DiskRig
+from fakes.nbd_rig import RETRY, DiskRig, read
 
 from builder import BuildOptions, SourceType, build, merge
 from builder.backends import blob_directory
 from builder.export import export_block
 from builder.merge import MergeOptions
 from erofs import open_bootstrap
-from erofs.errors import CorruptStructure, NydusError, OutOfBounds
+from erofs.errors import CorruptStructure, NydusError, OutOfBounds, UnsupportedFeature
+from erofs.layout import DEVICE_TABLE_OFFSET
 from erofs.rafs import Compressor
 from fscache.backend import LocalFsConfig, open_backend
 from fscache.nbd.disk import Disk, Segment, Slice, read_disk_plan, tar_disk
-from fscache.nbd.serving import read_file
 
 NOISE = random.Random(7).randbytes(1 << 20)
 FILES = {
@@ -25,27 +26,11 @@ FILES = {
     "text": b"compressible text\n" * 5000,
     "other": NOISE[400_000:500_000],
 }
+GONE = FILES["other"]
 
 
 def layer(names=FILES):
     return tar_of(*(member(name, data=FILES[name]) for name in names))
-
-
-def read(disk, offset=0, length=None):
-    """Read a range as a connection does, but one part after the other."""
-    data = b""
-    for source, place, size in disk.parts(offset, disk.size - offset if length is None else length):
-        if source is None:
-            data += bytes(size)
-            continue
-        errors, ready = [], threading.Event()
-        source.request(place, size, lambda error, e=errors, r=ready: (e.append(error), r.set()))
-        assert ready.wait(30)
-        if errors[0] is not None:
-            raise errors[0]
-        found = source.read(place, size)
-        data += read_file(found) if isinstance(found, Slice) else found
-    return data
 
 
 def exported(bootstrap):
@@ -69,7 +54,7 @@ def rigs(tmp_path):
 def merged(folder, *, compressor, **options):
     """Merge a layer with one that takes away a file in the middle of its blob."""
     bootstraps = []
-    upper = tar_of(member(".wh.text"), member("new", data=NOISE[-70_000:]))
+    upper = tar_of(member(".wh.other"), member("new", data=NOISE[-70_000:]))
     for number, tar in enumerate((layer(), upper)):
         where = folder / str(number)
         where.mkdir()
@@ -96,25 +81,24 @@ def test_disk_is_that_of_export(tmp_path, rigs, compressor, chunk_size):
 @pytest.mark.parametrize("batch_size", [0, 0x40000])
 @pytest.mark.parametrize("compressor", [Compressor.NONE, Compressor.LZ4_BLOCK])
 def test_chunks_that_no_file_has_are_there_too(tmp_path, rigs, compressor, batch_size):
-    bootstrap = merged(tmp_path, compressor=compressor, batch_size=batch_size)
+    bootstrap = merged(tmp_path, compressor=compressor, chunk_size=0x100000, batch_size=batch_size)
     rig = rigs(bootstrap)
     expected = exported(bootstrap)
-    assert FILES["text"] in expected
+    assert GONE in expected
     assert read(rig.disk) == expected
-    place = expected.index(FILES["text"])
+    place = expected.index(GONE)
     assert read(rig.disk, place + 5000, 10_000) == expected[place + 5000 : place + 15_000]
     # They are not in the cache, whose map knows nothing of them.
-    assert all(FILES["text"] not in blob.path.read_bytes() for blob in rig.blobs)
-    for path in tmp_path.glob("[0-9a-f]*"):
-        if not path.suffix:
-            path.write_bytes(b"")
+    assert all(GONE not in blob.path.read_bytes() for blob in rig.blobs)
+    for path in tmp_path.glob("?" * 64):
+        path.write_bytes(b"")
     assert read(rig.disk, 0, place) == expected[:place]
 
 
 def test_chunks_that_no_file_has_need_their_blob(tmp_path, rigs):
     bootstrap = merged(tmp_path, compressor=Compressor.ZSTD)
     rig = rigs(bootstrap)
-    place = exported(bootstrap).index(FILES["text"])
+    place = exported(bootstrap).index(GONE)
     with open_bootstrap(bootstrap) as image:
         (tmp_path / image.blobs[0].id).write_bytes(b"")
     with pytest.raises(NydusError):
@@ -167,9 +151,14 @@ def test_disk_of_tarfs(tmp_path):
     backend.close()
 
 
-def test_images_without_places_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [(0, UnsupportedFeature), (1, CorruptStructure)],
+)
+def test_impossible_places_are_refused(tmp_path, place, error):
     bootstrap = built(tmp_path, layer())
     data = bytearray(bootstrap.read_bytes())
-    bootstrap.write_bytes(data + b"x")
-    with pytest.raises(CorruptStructure, match="whole pages"):
+    struct.pack_into("<I", data, DEVICE_TABLE_OFFSET + 68, place)
+    bootstrap.write_bytes(data)
+    with pytest.raises(error, match="blob"):
         read_disk_plan(bootstrap)

@@ -1,0 +1,76 @@
+"""Disks over NBD beside those that the real tool exported: the same bytes."""
+
+import threading
+
+import pytest
+from fakes.nbd_rig import RETRY, DiskRig, read
+
+from builder.backends import blob_directory
+from builder.export import export_block
+from erofs import open_bootstrap
+from fscache.nbd.disk import read_disk_plan, tar_disk
+from tests.compat.test_made_by_nydus_image import expected_files
+from tests.fixtures_path import needs_fixtures
+
+pytestmark = needs_fixtures
+
+SIMPLE = ["tar-none", "tar-zstd", "tar-lz4", "tar-toc", "tar-big-16m", "tar-big-64k-lz4",
+          "batch-64k-zstd", "batch-4k-zstd", "batch-l1-toc", "dir-zstd"]  # fmt: skip
+
+
+def lay_out(case, folder):
+    for name, data in expected_files(case).items():
+        (folder / name).write_bytes(data)
+
+
+@pytest.fixture
+def served(tmp_path):
+    rigs = []
+
+    def serve(bootstrap):
+        rigs.append(DiskRig(bootstrap, tmp_path / "work"))
+        return read(rigs[0].disk)
+
+    yield serve
+    for rig in rigs:
+        rig.close()
+
+
+@pytest.mark.parametrize("case", ["export-block", "export-block-zstd"])
+def test_disks_of_the_real_tool(case, served, tmp_path):
+    lay_out(case, tmp_path)
+    # What its cache left there is another question.
+    for path in tmp_path.glob("*.blob.*"):
+        path.unlink()
+    assert served(tmp_path / "boot") == (tmp_path / "image.disk").read_bytes()
+
+
+def test_disk_of_tarfs_of_the_real_tool(tmp_path):
+    lay_out("export-block-tarfs", tmp_path)
+    backend = blob_directory(tmp_path)
+    with open_bootstrap(tmp_path / "boot") as image:
+        readers = [backend.open(blob.id) for blob in image.blobs]
+    with open(tmp_path / "boot", "rb") as file:
+        plan = read_disk_plan(tmp_path / "boot")
+        disk = tar_disk(plan, file.fileno(), readers, RETRY, threading.Event())
+        assert read(disk) == (tmp_path / "noverity.disk").read_bytes()
+
+
+@pytest.mark.parametrize("case", SIMPLE)
+def test_disks_of_the_real_tools_blobs_are_those_of_export(case, served, tmp_path):
+    lay_out(case, tmp_path)
+    export_block(tmp_path / "boot", tmp_path / "disk", blob_directory(tmp_path))
+    assert served(tmp_path / "boot") == (tmp_path / "disk").read_bytes()
+
+
+def test_disk_of_merged_layers(served, tmp_path):
+    """The lower layer has chunks that no file of the whole has."""
+    lay_out("merge-separate", tmp_path)
+    bootstrap = tmp_path / "merged.boot"
+    # The merge has given the blobs the names of their bootstraps.
+    by_size = {path.stat().st_size: path for path in tmp_path.glob("?" * 64)}
+    with open_bootstrap(bootstrap) as image:
+        for blob in image.blobs:
+            by_size[blob.compressed_size].rename(tmp_path / blob.id)
+    export_block(bootstrap, tmp_path / "disk", blob_directory(tmp_path))
+    assert served(bootstrap) == (tmp_path / "disk").read_bytes()

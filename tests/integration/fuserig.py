@@ -1,0 +1,27 @@
+"""What tests of FUSE share: how a daemon is started that serves through it."""
+
+from treecompare import differences
+
+from fscache.backend import HttpProxyConfig
+from fscache.daemon import Transport
+from fscache.place import Mounted, mounted_at
+
+__all__ = ["ALL", "assert_same", "http", "start"]
+
+ALL = [Transport.FANOTIFY, Transport.FUSE, Transport.EAGER]
+OURS = Mounted("fuse.nydusd", "nydusd")
+
+
+def http(server):
+    return HttpProxyConfig(addr=server.address)
+
+
+def start(serving, image, backend=None, **options):
+    daemon = serving.start(image, backend, transport=Transport.FUSE, **options)
+    assert mounted_at(daemon.mountpoint) == OURS
+    return daemon
+
+
+def assert_same(expected, got):
+    lines = differences(expected, got)
+    assert not lines, "\n".join(lines[:20])

@@ -1,0 +1,103 @@
+"""Where contexts of zran begin, and that every chunk is where they say."""
+
+import hashlib
+import io
+import json
+
+import pytest
+from fakes.layer_image import content, gzipped, layer_tar
+
+from builder import BuildError
+from builder.tarstream import TarStream
+from builder.zran import ZranLimits, ZranStream
+from tests.fixtures_path import FIXTURES, needs_fixtures
+
+NYDUS = FIXTURES / "nydus"
+
+
+def places(packed, chunk_size, limits=None):
+    """Return the stream, and (place, content) of each chunk of a tar in it."""
+    stream = ZranStream(io.BytesIO(packed), chunk_size, limits)
+    found = []
+    tar = TarStream(stream, "tar")
+    for member in tar:
+        for start in range(0, member.size, chunk_size):
+            stream.begin_chunk()
+            data = tar.read(min(chunk_size, member.size - start))
+            found.append((stream.end_chunk(), data))
+    return stream, found
+
+
+def assert_all_there(packed, stream, found):
+    dictionaries = memoryview(bytes(stream.dictionaries))
+    for place, data in found:
+        context = stream.contexts[place.context]
+        stored = packed[context.in_offset : context.in_offset + context.in_len]
+        plain = context.inflate(stored, dictionaries)
+        assert plain[place.data : place.data + len(data)] == data
+
+
+@needs_fixtures
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zran/bgzip.tar.gz",
+        "zran/zran-single-stream.tar.gz",
+        "zran/zran-two-streams.tar.gz",
+        "zran/zran-zero-file.tar.gz",
+    ],
+)
+def test_as_others_find_them(name):
+    cases = json.loads((NYDUS / "expected" / "zran-generated.json").read_text())
+    if name not in cases:
+        pytest.skip("nobody has looked for them")
+    expected = cases[name]
+    limits = expected["limits"]
+    packed = (NYDUS / name).read_bytes()
+    stream, found = places(
+        packed, expected["chunk_size"], ZranLimits(limits["mn"], limits["mx"], limits["mu"])
+    )
+    assert len(stream.contexts) == len(expected["contexts"])
+    for context, fields in zip(stream.contexts, expected["contexts"], strict=True):
+        end = context.dict_offset + context.dict_size
+        window = bytes(stream.dictionaries[context.dict_offset : end])
+        assert hashlib.sha256(window).hexdigest() == fields.pop("dict_sha256")
+        assert {key: getattr(context, key) for key in fields} == fields
+    for (place, data), fields in zip(found, expected["chunks"], strict=True):
+        assert fields == {
+            "zran_index": place.context,
+            "zran_offset": place.data,
+            "size": len(data),
+            "compressed_offset": place.offset,
+            "compressed_size": place.size,
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+    assert_all_there(packed, stream, found)
+
+
+@pytest.mark.parametrize("level", [0, 1, 9])
+@pytest.mark.parametrize("members", [1, 3, 50])
+@pytest.mark.parametrize("chunk_size", [0x1000, 0x10000, 0x100000])
+def test_every_chunk_is_there(level, members, chunk_size):
+    files = [content(size, size) for size in (1, 511, 70_000, 512, 0, 300_000)]
+    packed = gzipped(layer_tar(*files), members, level)
+    stream, found = places(packed, chunk_size, ZranLimits(1 << 12, 1 << 13, 1 << 15))
+    assert b"".join(data for _, data in found) == b"".join(files)
+    assert_all_there(packed, stream, found)
+    assert [context.out_len <= 1 << 24 for context in stream.contexts]
+    numbers = [place.context for place, _ in found]
+    assert numbers == sorted(numbers)
+    assert set(numbers) == set(range(len(stream.contexts)))
+
+
+def test_blocks_that_are_too_large():
+    """A block of zeros is as long as its file, and a chunk at its end needs it all."""
+    packed = gzipped(layer_tar(bytes(40 << 20)), level=9)
+    with pytest.raises(BuildError, match="too large to refer to"):
+        places(packed, 0x1000000)
+
+
+def test_chunk_before_everything():
+    stream = ZranStream(io.BytesIO(gzipped(b"data")), 0x1000)
+    with pytest.raises(BuildError, match="first block"):
+        stream.begin_chunk()

@@ -1,0 +1,323 @@
+"""NBD under a kernel that has it: whole trees, faults, kills, successors (spec ondemand 5.15)."""
+
+import contextlib
+import errno
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+from cachefiles_node import CHUNK, Image, Launcher, wait_until
+from nbd_node import (
+    CONNECTIONS,
+    SYSFS,
+    Node,
+    Readers,
+    attached,
+    digest,
+    forget_pages,
+    is_mounted,
+    read,
+    service_manager,
+)
+
+from builder.backends import blob_directory
+from builder.export import export_block
+from tests.treecompare import read_tree
+
+pytestmark = pytest.mark.kernel("6.12")
+
+KILLS = 4
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory):
+    subprocess.run(["modprobe", "nbd"], check=True)
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        manager = stack.enter_context(service_manager(tmp_path_factory.mktemp("manager")))
+        patch.setenv("NOTIFY_SOCKET", str(manager))
+        patch.setenv("NYDUSD_RUN_DIR", str(tmp_path_factory.mktemp("run")))
+        launcher = Launcher("fscache.nbd.domain", "fscache.nbd.daemon", "fscache.nbd.netlink")
+        yield launcher
+        launcher.close()
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    return Image(tmp_path_factory.mktemp("image"), 1, extra=(60 * CHUNK,))
+
+
+@pytest.fixture(scope="module")
+def disk(image, tmp_path_factory):
+    path = tmp_path_factory.mktemp("disk") / "disk"
+    export_block(image.boot, path, blob_directory(image.boot.parent / "blobs"))
+    return path
+
+
+@pytest.fixture
+def node(tmp_path, launcher, image):
+    with contextlib.ExitStack() as stack:
+        yield Node(tmp_path, launcher, stack, image)
+
+
+def pieces(image, mountpoint, count=60, seed=1):
+    """Return places in the largest file, and what is there."""
+    content = (image.tree / "dir/f6").read_bytes()
+    rng = random.Random(seed)
+    offsets = [rng.randrange(len(content) - CHUNK) for _ in range(count)]
+    return [(mountpoint / "dir/f6", at, content[at : at + 20_000]) for at in offsets]
+
+
+def same_tree(image, mountpoint):
+    assert read_tree(mountpoint) == image.snapshot
+
+
+# A mount
+
+
+def test_tree_is_the_same_entry_by_entry(node, image):
+    pid = node.mount()
+    (name,) = attached()
+    assert (SYSFS / name / "backend").read_text().startswith("nydusd-")
+    assert (SYSFS / name / "ro").read_text() == "1\n"
+    # A queue for each processor, as far as there are connections.
+    assert len(list((SYSFS / name / "mq").iterdir())) == min(CONNECTIONS, os.cpu_count())
+    assert node.requests() == 0
+    same_tree(image, node.mountpoint)
+    requests = node.requests()
+    forget_pages()
+    same_tree(image, node.mountpoint)
+    assert node.requests() == requests
+    node.stop(pid)
+    assert not is_mounted(node.mountpoint)
+    assert attached() == []
+
+
+def test_the_best_way_is_found(node, image):
+    """This kernel has no pre-content events, which `auto` would take."""
+    pid = node.mount("auto")
+    assert len(attached()) == 1
+    assert "transport nbd for" in node.said
+    same_tree(image, node.mountpoint)
+    node.stop(pid)
+
+
+def test_another_transport_finds_the_cache_warm(node, image):
+    node.stop(node.mount())
+    pid = node.mount("fuse")
+    same_tree(image, node.mountpoint)
+    node.stop(pid)
+    requests = node.requests()
+    for transport in ("nbd", "eager"):
+        pid = node.mount(transport)
+        same_tree(image, node.mountpoint)
+        node.stop(pid)
+    assert node.requests() == requests
+
+
+def test_failures_are_io_errors_and_pass(node, image):
+    node.backend["config"]["retry_limit"] = 1
+    node.write_config()
+    pid = node.mount()
+    path, offset, expected = pieces(image, node.mountpoint)[0]
+    node.server.fault = 404
+    with pytest.raises(OSError, match=r".") as failure:
+        read(path, offset, 4096)
+    assert failure.value.errno == errno.EIO
+    node.server.fault = None
+    time.sleep(1.5)
+    assert read(path, offset, len(expected)) == expected
+    node.stop(pid)
+
+
+def test_a_slow_backend_costs_connections_and_no_error(node, image):
+    """The kernel gives up on a connection after some seconds, and gets another one."""
+    pid = node.mount()
+    path, offset, expected = pieces(image, node.mountpoint)[0]
+    node.server.fault, node.server.fault_count = "stall", 1
+    reader = Readers([(path, offset, expected)], count=1)
+    wait_until(lambda: "a connection was replaced" in node.said)
+    node.server.released.set()
+    wait_until(lambda: reader.done)
+    reader.stop()
+    same_tree(image, node.mountpoint)
+    node.stop(pid)
+
+
+def test_users_of_an_unmounted_image_are_served_on(node, image):
+    pid = node.mount()
+    path, offset, expected = pieces(image, node.mountpoint)[0]
+    fd = os.open(path, os.O_RDONLY)
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not is_mounted(node.mountpoint))
+    assert os.pread(fd, len(expected), offset) == expected
+    assert len(attached()) == 1
+    os.close(fd)
+    assert node.wait(pid) == 0
+    assert attached() == []
+
+
+def test_several_images_at_once(node, image, tmp_path):
+    first = node.mount()
+    node.mountpoint = tmp_path / "second"
+    node.mountpoint.mkdir()
+    second = node.mount()
+    assert len(attached()) == 2
+    same_tree(image, tmp_path / "mnt")
+    same_tree(image, node.mountpoint)
+    node.stop(second)
+    node.mountpoint = tmp_path / "mnt"
+    same_tree(image, node.mountpoint)
+    node.stop(first)
+    assert attached() == []
+
+
+# A device
+
+
+def test_device_is_the_exported_disk(node, disk, mounted, image):
+    pid = node.disk("/dev/nbd3")
+    assert attached() == ["nbd3"]
+    assert digest("/dev/nbd3") == digest(disk)
+    same_tree(image, mounted("-t", "erofs", "-o", "ro", "/dev/nbd3"))
+    with pytest.raises(OSError, match=r".") as refused:
+        os.open("/dev/nbd3", os.O_WRONLY)
+    assert refused.value.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    assert node.running == [pid]
+
+
+def test_the_end_waits_for_users(node, image, tmp_path):
+    pid = node.disk("/dev/nbd3", "--threads", 2)
+    subprocess.run(["mount", "-t", "erofs", "-o", "ro", "/dev/nbd3", node.mountpoint], check=True)
+    os.kill(pid, signal.SIGTERM)
+    same_tree(image, node.mountpoint)
+    assert attached() == ["nbd3"]
+    subprocess.run(["umount", node.mountpoint], check=True)
+    assert node.wait(pid) == 0
+    assert attached() == []
+
+
+def test_who_detaches_the_device_ends_the_daemon(node):
+    pid = node.disk("/dev/nbd3")
+    subprocess.run(["nbd-client", "-d", "/dev/nbd3"], check=True)
+    assert node.wait(pid) == 0
+    assert "detached by somebody else" in node.said
+
+
+def test_devices_that_are_taken(node, image, tmp_path, tmp_path_factory):
+    node.disk("/dev/nbd3")
+    again = node.begin("nbd", "/dev/nbd3", "-C", node.entry())
+    assert node.wait(again) == 1
+    assert "another process serves it" in node.said
+    other = Image(tmp_path_factory.mktemp("other"), 2)
+    node.server.blobs.update(other.blobs)
+    third = node.begin("nbd", "/dev/nbd3", "-C", node.entry(other.boot))
+    assert node.wait(third) == 1
+    assert "device has something else on it" in node.said
+    # A mount takes another one.
+    pid = node.mount()
+    assert len(attached()) == 2
+    node.stop(pid)
+    assert attached() == ["nbd3"]
+
+
+# Killed daemons
+
+
+def kills(node, image, begin, mountpoint, count):
+    """Kill a daemon in the middle of reads, and start its successor, again and again."""
+    rng = random.Random(count)
+    pid = begin()
+    readers = Readers(pieces(image, mountpoint))
+    for _ in range(count):
+        before = readers.done
+        wait_until(lambda before=before: readers.done > before)
+        time.sleep(rng.random() * 0.3)
+        assert node.kill(pid) == -signal.SIGKILL
+        pid = begin()
+    readers.stop()
+    forget_pages()
+    same_tree(image, mountpoint)
+    return pid
+
+
+def kill_mounted(node, image, count):
+    def begin():
+        said = "took over" if "attached" in node.said else "-> RUNNING"
+        return node.start(*node.words(), said=said)
+
+    pid = kills(node, image, begin, node.mountpoint, count)
+    node.stop(pid)
+    assert attached() == []
+
+
+def test_a_mount_survives_killed_daemons(node, image):
+    kill_mounted(node, image, KILLS)
+
+
+@pytest.mark.long
+def test_a_mount_survives_many_killed_daemons(node, image):
+    kill_mounted(node, image, 50)
+
+
+def kill_served(node, image, mounted, count):
+    pid = node.disk("/dev/nbd3")
+    mountpoint = mounted("-t", "erofs", "-o", "ro", "/dev/nbd3")
+    begun = [pid]
+    pid = kills(
+        node, image, lambda: begun.pop() if begun else node.disk("/dev/nbd3"), mountpoint, count
+    )
+    assert node.said.count("took over /dev/nbd3") == count
+
+
+def test_a_device_survives_killed_daemons(node, image, mounted):
+    kill_served(node, image, mounted, KILLS)
+
+
+@pytest.mark.long
+def test_a_device_survives_many_killed_daemons(node, image, mounted):
+    kill_served(node, image, mounted, 50)
+
+
+def test_readers_that_wait_for_a_backend_when_it_is_killed(node, image):
+    pid = node.mount()
+    jobs = pieces(image, node.mountpoint)
+    node.server.fault = "stall"
+    readers = Readers(jobs)
+    wait_until(lambda: node.requests() > 2)
+    assert node.kill(pid) == -signal.SIGKILL
+    node.server.fault = None
+    pid = node.start(*node.words(), said="took over")
+    wait_until(lambda: readers.done > len(readers.threads))
+    readers.stop()
+    same_tree(image, node.mountpoint)
+    node.stop(pid)
+
+
+def test_an_unmounted_image_survives_too(node, image):
+    pid = node.mount()
+    path, offset, expected = pieces(image, node.mountpoint)[0]
+    fd = os.open(path, os.O_RDONLY)
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not is_mounted(node.mountpoint))
+    assert node.kill(pid) == -signal.SIGKILL
+    # Whoever serves the mount point next serves those, too.
+    pid = node.start(*node.words())
+    assert os.pread(fd, len(expected), offset) == expected
+    same_tree(image, node.mountpoint)
+    os.close(fd)
+    node.stop(pid)
+    assert attached() == []
+
+
+@pytest.mark.kernel("6.1")
+def test_older_kernels_are_told(node, image):
+    """Before Linux 6.4 EROFS finds no blobs in a flat address space."""
+    pid = node.begin(*node.words())
+    assert node.wait(pid) == 1
+    assert "no NBD:" in node.said
+    assert "Linux 6.4 is needed" in node.said
+    assert attached() == []
+    assert not is_mounted(node.mountpoint)

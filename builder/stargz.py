@@ -115,7 +115,9 @@ class _Entry:
         if not isinstance(found, dict):
             raise BuildError("'xattrs' is no object")
         try:
-            return {key.encode(): base64.b64decode(text) for key, text in found.items()}
+            return {
+                key.encode(): base64.b64decode(text, validate=True) for key, text in found.items()
+            }
         except (ValueError, TypeError) as error:
             raise BuildError("xattr that is not base64") from error
 

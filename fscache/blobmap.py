@@ -175,6 +175,7 @@ class BlobMap:
         self.is_located = places is not None or not entry.features & _TABLED
         self.chunk_count = entry.chunk_count
         self.uncompressed_size = align_up(entry.uncompressed_size, BLOCK_SIZE)
+        self.compressor = Compressor(entry.compressor)
         self.data = StoredData(entry)
         self.is_encrypted = entry.cipher != Cipher.NONE
         self.digester = Digester(entry.digester)
@@ -267,6 +268,8 @@ class BlobMap:
                         expected=getattr(self, name),
                         got=getattr(other, name),
                     )
+            if self.entry.encryption() != other.entry.encryption():
+                raise CorruptStructure("images differ about the blob's key")
             fresh = []
             for index in other.positions():
                 if not self.known[index]:

@@ -14,7 +14,7 @@ from made_images import Truth, check, file_in_batch, make_store, named_blob, pla
 from serving import wait_until
 
 from erofs import open_bootstrap
-from erofs.errors import NydusError, UnsupportedFeature
+from erofs.errors import NydusError
 from erofs.framing import SECTION_BOOTSTRAP, read_toc
 from erofs.view import View
 from fscache.backend import HttpProxyConfig
@@ -205,12 +205,3 @@ def test_broken_bootstraps_inside_of_a_blob(serving, store, tmp_path, what):
     with pytest.raises(NydusError, match=r"digest|broken|wrong|ToC|section"):
         serving.start(image)
     assert not list((tmp_path / "cache").glob("*.image.boot"))
-
-
-@pytest.mark.parametrize(
-    ("boot", "word"),
-    [("encrypt-batch/boot", "ENCRYPTED")],
-)
-def test_what_is_not_served_yet(serving, store, tmp_path, boot, word):
-    with pytest.raises(UnsupportedFeature, match=f"{word} is not supported"):
-        serving.start(place(tmp_path, store, boot))

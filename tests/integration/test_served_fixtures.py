@@ -58,6 +58,8 @@ SEPARATE = [
     ("chunkdict/l2.boot", ["l2"]),
     ("chunkdict-all-hit/same.boot", ["l3"]),
     ("chunkdict-generate-versions/use.boot", ["l3"]),
+    ("encrypt-zstd/boot", ["l3"]),
+    ("encrypt-batch/boot", ["l3"]),
     ("zran/boot", ["l1"]),
     ("zran-big/boot", ["big"]),
     ("zran-big-64k/boot", ["big"]),
@@ -88,6 +90,7 @@ INLINED = [
     ("tar-inline-toc/blob.nydus", ["l1"]),
     ("tar-inline-toc-lz4/blob.nydus", ["l2"]),
     ("chunkdict/l3.nydus", ["l3"]),
+    ("encrypt-none-inline-toc/blob.nydus", ["l3"]),
     ("merge-zran/l2.zran", ["l2"]),
     ("merge-zran/l3.zran", ["l3"]),
     ("tar-nodata-inline/blob.nydus", ["nodata"]),
@@ -138,6 +141,11 @@ MERGED = [
         [("l2", "merge-mixed-compressor/l2"), ("l3", "merge-mixed-compressor/l3")],
     ),
     (
+        "merge-encrypted/merged.boot",
+        ["l2", "l3"],
+        [("l2", "merge-encrypted/l2"), ("l3", "merge-encrypted/l3")],
+    ),
+    (
         "chunkdict/merged.boot",
         ["l2", "l3"],
         [
@@ -160,6 +168,7 @@ def test_merged_layers(serving, store, truth, tmp_path, boot, layers, named):
         ("batch-4k-zstd/boot", ["batch"]),
         ("chunkdict-generate-versions/use.boot", ["l3"]),
         ("zran-big-64k/boot", ["big"]),
+        ("encrypt-batch/boot", ["l3"]),
     ],
 )
 def test_in_every_way(serving, store, truth, tmp_path, boot, layers, transport):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.capabilities import need_tool
 from vmlab.catalogue import KERNELS
 from vmlab.errors import GuestDied
 from vmlab.machine import host_path
@@ -148,6 +149,19 @@ def test_the_command_line(program, tmp_path):
     assert out.splitlines()[1:] == [f"extension-x{digest}  -", "value", "1"]
     assert err.endswith("err\n")
     assert f"booting Linux {KERNEL}." in err
+
+
+def test_a_disk_from_an_nbd_server(program, tmp_path):
+    image = tmp_path / "image"
+    image.write_bytes(b"served" + bytes(4090))
+    socket = tmp_path / "nbd"
+    words = [need_tool("qemu-nbd"), "--read-only", "--format=raw", f"--socket={socket}", image]
+    with subprocess.Popen(words) as server:
+        status, out, err = program.run(
+            "--disk", f"nbd+unix:///?socket={socket}", KERNEL, "--", "head", "-c6", "/dev/vdb"
+        )
+        server.kill()
+    assert (status, out) == (0, "served"), err
 
 
 def test_a_panic_is_told(program):

@@ -13,18 +13,24 @@ from builder.zran import ZranLimits, ZranStream
 from tests.fixtures_path import FIXTURES, needs_fixtures
 
 NYDUS = FIXTURES / "nydus"
+RECORD = 10240
 
 
-def places(packed, chunk_size, limits=None):
-    """Return the stream, and (place, content) of each chunk of a tar in it."""
+def places(packed, chunk_size, limits=None, tars=1):
+    """Return the stream, and (place, content) of each chunk of the tars in it."""
     stream = ZranStream(io.BytesIO(packed), chunk_size, limits)
-    found = []
-    tar = TarStream(stream, "tar")
-    for member in tar:
-        for start in range(0, member.size, chunk_size):
-            stream.begin_chunk()
-            data = tar.read(min(chunk_size, member.size - start))
-            found.append((stream.end_chunk(), data))
+    found, read = [], 0
+    for _ in range(tars):
+        tar = TarStream(stream, "tar")
+        for member in tar:
+            for start in range(0, member.size, chunk_size):
+                stream.begin_chunk()
+                data = tar.read(min(chunk_size, member.size - start))
+                found.append((stream.end_chunk(), data))
+        # On to the end of the record, where another tar may begin.
+        read = stream._output_position
+        while read % RECORD and (data := stream.read(RECORD - read % RECORD)):
+            read += len(data)
     return stream, found
 
 
@@ -44,18 +50,18 @@ def assert_all_there(packed, stream, found):
         "zran/bgzip.tar.gz",
         "zran/zran-single-stream.tar.gz",
         "zran/zran-two-streams.tar.gz",
-        "zran/zran-zero-file.tar.gz",
     ],
 )
 def test_as_others_find_them(name):
     cases = json.loads((NYDUS / "expected" / "zran-generated.json").read_text())
-    if name not in cases:
-        pytest.skip("nobody has looked for them")
     expected = cases[name]
     limits = expected["limits"]
     packed = (NYDUS / name).read_bytes()
     stream, found = places(
-        packed, expected["chunk_size"], ZranLimits(limits["mn"], limits["mx"], limits["mu"])
+        packed,
+        expected["chunk_size"],
+        ZranLimits(limits["mn"], limits["mx"], limits["mu"]),
+        tars=2 if "two" in name else 1,
     )
     assert len(stream.contexts) == len(expected["contexts"])
     for context, fields in zip(stream.contexts, expected["contexts"], strict=True):

@@ -27,7 +27,7 @@ from cachefiles_node import (
 )
 from cachefiles_rig import mount_now
 
-KILLS = 5
+KILLS = 3
 SIZE = 96 * CHUNK
 
 

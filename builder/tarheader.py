@@ -11,6 +11,7 @@ from __future__ import annotations
 import stat
 import struct
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from builder.errors import TarError
@@ -198,9 +199,11 @@ def _extents(area: bytes) -> list[Extent]:
 
 def _verify_checksum(block: bytes, field: bytes) -> None:
     """Raise `TarError` unless the block has its checksum, whose own field counts as spaces."""
-    stored = _number(field, "checksum", _MAX_U32)
     blank = 8 * ord(" ")
     computed = sum(block) - sum(field) + blank
+    if field == b"%06o\0 " % computed:
+        return
+    stored = _number(field, "checksum", _MAX_U32)
     if computed != stored:
         # Old Sun tars summed signed characters.
         signed = _SIGNED_BLOCK.unpack(block)
@@ -208,6 +211,8 @@ def _verify_checksum(block: bytes, field: bytes) -> None:
             raise TarError("wrong tar header checksum", expected=stored, got=computed)
 
 
+# Archives repeat the same few modes, owners and times.
+@lru_cache(1024)
 def _number(field: bytes, what: str, maximum: int) -> int:
     """Decode a number field: octal text or, with the top bit set, GNU base-256; blank is 0."""
     if field[0] & 0x80:
@@ -240,6 +245,7 @@ def _base256(field: bytes) -> int:
     return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
 
 
+@lru_cache(1024)
 def _modification_time(field: bytes) -> int:
     """Decode mtime as the real builder does: 8 bytes of a base-256 number, unreadable is 0."""
     if field[0] & 0x80:

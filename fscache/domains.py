@@ -62,6 +62,11 @@ def open_domain(
         from fscache.fusedomain import FuseDomain
 
         return FuseDomain(work_dir, fetcher)
+    if transport is Transport.CACHEFILES:
+        # Imported here, as for the other ones.
+        from fscache.cachefiles.domain import CachefilesDomain
+
+        return CachefilesDomain(work_dir, fetcher, link)
     if transport is Transport.NBD:
         # Imported here: so is netlink.
         from fscache.nbd.domain import NbdDomain

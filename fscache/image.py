@@ -24,7 +24,7 @@ from fscache.layer import open_reader
 from fscache.metrics import CacheMetrics
 from fscache.mount import MountBusy, MountError
 from fscache.mounting import ROOT, ImageOptions, Mount, MountJob, Progress
-from fscache.plan import read_plan
+from fscache.plan import ImagePlan, read_plan
 from fscache.prefetch import Prefetch
 from fscache.record import ImageRecord
 from fscache.sharing import Domain
@@ -117,17 +117,36 @@ class ServedImage:
         if domain.serves:
             self._prefetch(fetcher, domain)
 
-    def open_blobs(self, domain: Domain, fetcher: Fetcher) -> list[CachedBlob]:
+    def open_blobs(
+        self, domain: Domain, fetcher: Fetcher, *, prefetch: bool = True
+    ) -> list[CachedBlob]:
         """Open all blobs for one who serves them without a mount.
+
+        Args:
+            domain: of the cache directory.
+            fetcher: behind it.
+            prefetch: begin it, if the configuration says so; else `begin_prefetch` will.
 
         Raises `NydusError`, then nothing is left open.
         """
+        self._domain = domain
         with ExitStack() as stack:
             stack.callback(self._stack.close)
             blobs = self._acquire(domain)
             stack.pop_all()
-        self._prefetch(fetcher, domain)
+        if prefetch:
+            self._prefetch(fetcher, domain)
         return blobs
+
+    @property
+    def plan(self) -> ImagePlan:
+        """What its bootstrap says."""
+        return self._plan
+
+    @property
+    def wants_prefetch(self) -> bool:
+        """Whether the configuration says so."""
+        return self._prefetch_config.enable
 
     def _job(
         self, blobs: list[CachedBlob], options: ImageOptions, attaching: Callable[[Mount], None]

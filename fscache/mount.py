@@ -23,6 +23,7 @@ __all__ = [
     "ErofsMount",
     "MountBusy",
     "MountError",
+    "attach_mount",
     "create_mount",
     "mount_erofs",
     "set_read_ahead",
@@ -234,11 +235,34 @@ def mount_erofs(
     if not mountpoint.is_dir():
         raise MountError("mount point is not a directory", errno.ENOTDIR, path=mountpoint)
     mount = create_mount(source, devices, directio=directio)
+    return attach_mount(mount, mountpoint, read_ahead_kb=read_ahead_kb, before_attach=before_attach)
+
+
+def attach_mount(
+    mount: int,
+    mountpoint: Path,
+    *,
+    name: str | None = None,
+    read_ahead_kb: int = DEFAULT_READ_AHEAD_KB,
+    before_attach: Callable[[ErofsMount], None] | None = None,
+) -> ErofsMount:
+    """Attach an EROFS mount that nobody can reach yet; see `mount_erofs`.
+
+    Args:
+        mount: its descriptor, closed in any case.
+        mountpoint: an existing directory.
+        name: its entry below `/sys/fs/erofs`, where the caller knows it.
+        read_ahead_kb: of its files.
+        before_attach: see `mount_erofs`.
+
+    Raises:
+        MountError: nothing stays behind.
+    """
     try:
         root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
         try:
             device = os.fstat(root).st_dev
-            name = _sysfs_name(root)
+            name = name or _sysfs_name(root)
         finally:
             os.close(root)
         # Before anybody can read.

@@ -12,7 +12,10 @@ from typing import Self
 
 from fscache.holder.link import HolderError
 
-__all__ = ["ImageRecord", "PlainRecord"]
+__all__ = ["KERNEL_CACHE", "ImageRecord", "PlainRecord"]
+
+# The device of the kernel's cachefiles: `directory` is that of its cache.
+KERNEL_CACHE = "kernel cache"
 
 
 def _take(values: Mapping[str, object], key: str, kind: type) -> object:

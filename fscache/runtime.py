@@ -17,7 +17,7 @@ from fscache.config import DaemonConfig
 from fscache.domain import CacheDomain
 from fscache.domains import open_domain
 from fscache.fetcher import Fetcher
-from fscache.holder.link import HeldDomain, HolderError, HolderLink
+from fscache.holder.link import HeldDomain, HeldRecord, HolderError, HolderLink
 from fscache.image import ImageOptions, ServedImage
 from fscache.record import ImageRecord
 from fscache.sharing import Domain, LazyUnsupported
@@ -124,6 +124,14 @@ class Runtime:
         """Take over a work directory of a killed worker, before its images."""
         domain = CacheDomain(held.work_dir, self._fetcher, self._link, held)
         self._domains[held.work_dir, Transport.FANOTIFY] = domain
+
+    def inherit_kernel_cache(self, held: HeldRecord) -> None:
+        """Take over the kernel's cache of a work directory, before its images."""
+        from fscache.cachefiles.domain import CachefilesDomain
+
+        place = Path(str(held.values.get("directory"))).parent
+        domain = CachefilesDomain(place, self._fetcher, self._link, held)
+        self._domains[place, Transport.CACHEFILES] = domain
 
     def _inherit_disks(self, place: Path) -> None:
         """Serve the block devices of a work directory: the kernel, not the holder, has them."""

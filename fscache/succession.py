@@ -12,7 +12,7 @@ from fscache.config import DaemonConfig
 from fscache.holder.link import HeldRecord, Inheritance
 from fscache.image import ServedImage
 from fscache.place import PlainMount, is_our_overlay, mounted_at
-from fscache.record import ImageRecord, PlainRecord
+from fscache.record import KERNEL_CACHE, ImageRecord, PlainRecord
 from fscache.runtime import Runtime
 
 __all__ = ["Adopted", "adopt", "recorded_paths"]
@@ -57,6 +57,9 @@ def adopt(runtime: Runtime, inheritance: Inheritance, config_for: ConfigFor) -> 
     for domain in inheritance.domains:
         runtime.inherit_domain(domain)
     inheritance.domains = []
+    for held in inheritance.records:
+        if held.values.get("kind") == KERNEL_CACHE:
+            runtime.inherit_kernel_cache(held)
     found = []
     for held in inheritance.records:
         try:

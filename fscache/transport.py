@@ -6,6 +6,8 @@ import os
 from enum import StrEnum
 from pathlib import Path
 
+from fscache.cachefiles.support import unsafe_kernel
+
 __all__ = ["Transport", "candidates", "is_root", "wants_holder"]
 
 
@@ -14,6 +16,7 @@ class Transport(StrEnum):
 
     AUTO = "auto"
     FANOTIFY = "fanotify"
+    CACHEFILES = "cachefiles"
     NBD = "nbd"
     FUSE = "fuse"
     EAGER = "eager"
@@ -22,7 +25,7 @@ class Transport(StrEnum):
 _UID_MAP = Path("/proc/self/uid_map")
 _ALL_USERS = ["0", "0", "4294967295"]
 # Mounts that outlive a killed daemon, for a successor to go on with.
-_HELD = frozenset({Transport.FANOTIFY, Transport.NBD})
+_HELD = frozenset({Transport.FANOTIFY, Transport.CACHEFILES, Transport.NBD})
 
 
 def candidates(asked: Transport) -> tuple[Transport, ...]:
@@ -34,7 +37,11 @@ def candidates(asked: Transport) -> tuple[Transport, ...]:
         return (asked,)
     if not is_root():
         return (Transport.FUSE,)
-    return (Transport.FANOTIFY, Transport.NBD, Transport.FUSE)
+    kernel = os.uname()
+    # Who asks for it gets it; nobody is led to what is known to be unsafe.
+    unsafe = unsafe_kernel(kernel.release, kernel.version)
+    cachefiles = () if unsafe else (Transport.CACHEFILES,)
+    return (Transport.FANOTIFY, *cachefiles, Transport.NBD, Transport.FUSE)
 
 
 def is_root() -> bool:

@@ -8,6 +8,7 @@ they link to, and FIFOs need no device numbers.
 from __future__ import annotations
 
 import stat
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from builder.errors import BuildError
@@ -68,6 +69,8 @@ class TreeLoader:
         self._linked: dict[_Parts, _Attributes] = {}
         # Hard links to what has not come yet.
         self._waiting: dict[_Parts, TarMember] = {}
+        # Where the last member was put, for its neighbours.
+        self._last: tuple[list[bytes], Node, _Parts] | None = None
 
     def add(self, member: TarMember) -> Node | None:
         """Add a member, and return the file whose content is to be taken, if it is one.
@@ -95,10 +98,13 @@ class TreeLoader:
 
     def _place(self, parts: _Parts) -> _Place:
         """Return where a path leads; directories that are missing on the way are made."""
-        directory, path = self._walk(parts[:-1], make=True)
-        return _Place(directory, parts[-1], (*path, parts[-1]))
+        *parents, name = parts
+        if self._last is None or self._last[0] != parents:
+            self._last = (parents, *self._walk(parents, make=True))
+        _, directory, path = self._last
+        return _Place(directory, name, (*path, name))
 
-    def _walk(self, parts: _Parts, *, make: bool) -> tuple[Node, _Parts]:
+    def _walk(self, parts: Sequence[bytes], *, make: bool) -> tuple[Node, _Parts]:
         """Return the directory at a path, and its path without symlinks.
 
         Directories of the path that are missing are made, but not those of symlinks.
@@ -157,9 +163,20 @@ class TreeLoader:
         if not member.is_hardlink:
             return self._add_node(place, member)
         if not self._add_link(place, member):
-            place.directory.entries.pop(place.name, None)
+            self._put(place, None)
             self._waiting[place.path] = member
         return None
+
+    def _put(self, place: _Place, node: Node | None) -> None:
+        """Put a node into a directory, in place of what has that name; None for nothing."""
+        entries = place.directory.entries
+        if place.name in entries:
+            # It may have been on the way to where the last member was put.
+            self._last = None
+        if node is None:
+            entries.pop(place.name, None)
+        else:
+            entries[place.name] = node
 
     def _add_node(self, place: _Place, member: TarMember) -> Node | None:
         old = place.directory.entries.get(place.name)
@@ -174,7 +191,7 @@ class TreeLoader:
         elif member.kind in _DEVICE_KINDS:
             node.rdev = encode_device_number(member.major, member.minor)
         self._apply(node, member)
-        place.directory.entries[place.name] = node
+        self._put(place, node)
         if not stat.S_ISREG(member.kind):
             return None
         if member.sparse is not None and self._in_place:
@@ -212,7 +229,7 @@ class TreeLoader:
             )
             self._linked.setdefault(target, own)
             self._linked[place.path] = self._attributes(member)
-        place.directory.entries[place.name] = node
+        self._put(place, node)
         return True
 
     def _find(self, parts: _Parts) -> tuple[Node, _Parts] | None:

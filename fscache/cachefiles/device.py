@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 
-from fscache.cachefiles.errors import CachefilesError
+from fscache.cachefiles.errors import CachefilesError, CachefilesMissing
 from fscache.cachefiles.protocol import CREAD, MESSAGE_BYTES, command
 
 __all__ = ["DEVICE", "Device", "is_kept"]
@@ -20,21 +20,16 @@ __all__ = ["DEVICE", "Device", "is_kept"]
 DEVICE = Path("/dev/cachefiles")
 
 _PAUSE_SECONDS = 0.05
-_INSTEAD = (
-    "; instead of singleton --fscache use nydusd erofs or nydusd fuse, which read lazily by"
-    " fanotify from Linux 6.14 on, by --transport nbd or fuse on any kernel, or --transport eager"
-)
 _OPEN_HINTS = {
     errno.ENOENT: "not available on this kernel: Linux 5.19 to 7.2 have it, by the module"
-    " cachefiles, where CONFIG_CACHEFILES_ONDEMAND is set" + _INSTEAD,
+    " cachefiles, where CONFIG_CACHEFILES_ONDEMAND is set",
     errno.EBUSY: "another process has it: cachefilesd (systemctl disable --now cachefilesd), or"
     " another nydusd, or its holder",
     errno.EPERM: "root (CAP_SYS_ADMIN) is needed",
     errno.EACCES: "root (CAP_SYS_ADMIN) is needed",
 }
 _BIND_HINTS = {
-    errno.EINVAL: "this kernel's cachefiles has no on-demand mode (CONFIG_CACHEFILES_ONDEMAND)"
-    + _INSTEAD,
+    errno.EINVAL: "this kernel's cachefiles has no on-demand mode (CONFIG_CACHEFILES_ONDEMAND)",
     errno.ENOENT: "the cache directory does not exist",
     errno.EOPNOTSUPP: "the file system cannot hold the kernel's cache: use ext4, xfs or btrfs with"
     " blocks of at most a page",
@@ -76,6 +71,7 @@ class Device:
             patience: seconds to wait for one that has it, and may be just ending.
 
         Raises:
+            CachefilesMissing: the kernel has none.
             CachefilesError: the text names what can be done.
         """
         end = time.monotonic() + patience
@@ -86,7 +82,8 @@ class Device:
                 code = error.errno or errno.EIO
                 if code != errno.EBUSY or time.monotonic() > end:
                     hint = _OPEN_HINTS.get(code, "cannot be opened")
-                    raise CachefilesError(f"{hint} ({error.strerror})", code, path=path) from error
+                    kind = CachefilesMissing if code == errno.ENOENT else CachefilesError
+                    raise kind(f"{hint} ({error.strerror})", code, path=path) from error
             time.sleep(_PAUSE_SECONDS)
 
     def fileno(self) -> int:
@@ -126,6 +123,7 @@ class Device:
         """Make a directory the cache, in on-demand mode; once for each opening of the device.
 
         Raises:
+            CachefilesMissing: the kernel has no on-demand mode.
             CachefilesError: the text names what can be done.
         """
         self._set_up("dir", os.fsencode(directory), directory)
@@ -139,7 +137,8 @@ class Device:
         except OSError as error:
             code = error.errno or errno.EIO
             hint = _BIND_HINTS.get(code) if name == "bind" else None
-            raise CachefilesError(
+            kind = CachefilesMissing if hint and code == errno.EINVAL else CachefilesError
+            raise kind(
                 f"{hint or f'the kernel refuses {name!r}'} ({error.strerror})", code, path=directory
             ) from error
 

@@ -1,4 +1,4 @@
-"""The one error of this package."""
+"""The errors of this package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 
 from erofs.errors import NydusError
 
-__all__ = ["CachefilesError"]
+__all__ = ["CachefilesError", "CachefilesMissing"]
 
 
 class CachefilesError(NydusError):
@@ -15,3 +15,7 @@ class CachefilesError(NydusError):
     def __init__(self, what: str, code: int = errno.EIO, **where: object) -> None:
         super().__init__(what, **where)
         self.errno = code
+
+
+class CachefilesMissing(CachefilesError):
+    """The running kernel has no cachefiles on demand."""

@@ -7,8 +7,6 @@ is mounted is asked of the kernel.
 from __future__ import annotations
 
 import errno
-import logging
-import os
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,29 +15,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from erofs.layout import BLOCK_SIZE
-from fscache.backend import BlobReader, open_backend
-from fscache.backend.retry import retry_policy
 from fscache.blobentry import BlobEntry
-from fscache.bootfile import mountable_bootstrap
-from fscache.cachedblob import CachedBlob
 from fscache.cachefiles.cache import KernelCache
 from fscache.cachefiles.errors import CachefilesError
 from fscache.cachefiles.names import check_name
 from fscache.cachefiles.sources import BlobSource, BootstrapSource, Source
 from fscache.demand import Demand
-from fscache.dictionary import resolve
 from fscache.environment import with_environment
 from fscache.fetcher import Fetcher
-from fscache.layer import open_reader
-from fscache.metrics import CacheMetrics
-from fscache.plan import ImagePlan, read_plan
-from fscache.prefetch import Prefetch
+from fscache.image import ServedImage
 from fscache.sharing import Domain
-from fscache.streamprefetch import StreamPrefetch
 
 __all__ = ["KernelImage", "Services"]
-
-logger = logging.getLogger(__name__)
 
 _SYSFS = Path("/sys/fs/erofs")
 
@@ -82,64 +69,43 @@ class KernelImage:
         # The kernel's name for where blobs are shared; without a domain it is the fsid.
         self.scope = check_name("domain_id", entry.domain_id or entry.id)
         check_name("id", entry.id)
+        path = entry.metadata_path
+        if path is None:
+            raise CachefilesError("metadata_path is missing", errno.EINVAL)
         self.is_leaving = False
         # Of a killed daemon, until a client registers it again.
         self.is_adopted = kept is not None
         self._services = services
-        self._domain = domain
-        self._names: list[_Name] = []
-        self._blobs: list[tuple[CachedBlob, BlobReader]] = []
-        self._prefetching = False
         self._lock = threading.Lock()
-        config = entry.config
-        config = replace(config, backend=with_environment(config.backend, services.environment))
-        self._config = config
-        prefetch = config.rafs.prefetch if config.rafs.prefetch.enable else config.cache.prefetch
-        self._prefetch_config = prefetch
-        self.metrics = CacheMetrics(config.work_dir, prefetch.threads if prefetch.enable else 0)
+        self._prefetching = False
+        backend = with_environment(entry.config.backend, services.environment)
+        config = replace(entry.config, backend=backend)
+        # Where it is mounted is nobody's business here.
+        self._image = ServedImage(config, path, Path("/"), kept)
         with ExitStack() as stack:
-            self._open(stack, kept)
-            self._stack = stack.pop_all()
+            stack.callback(self._image.close)
+            self._names = self._open(domain, path)
+            stack.pop_all()
 
-    def _open(self, stack: ExitStack, kept: Path | None) -> None:
-        path = kept or self._bootstrap_path()
-        plan = read_plan(path, self.entry.metadata_path)
+    def _open(self, domain: Domain, path: Path) -> list[_Name]:
+        plan = self._image.plan
         if plan.block_size != BLOCK_SIZE:
             raise CachefilesError(
                 "images of other block sizes cannot be mounted through cachefiles",
                 errno.EINVAL, path=path, expected=BLOCK_SIZE, got=plan.block_size,
             )  # fmt: skip
-        try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, self.fd)
-            bootstrap = BootstrapSource(self.fd, self._begin_prefetch)
-            self._names.append(_Name(self.entry.id, bootstrap, bootstrap.digest()))
-        except OSError as error:
-            raise CachefilesError(
-                f"bootstrap cannot be read ({error.strerror})", error.errno or errno.EIO, path=path
-            ) from error
-        self._open_blobs(stack, plan)
+        bootstrap = BootstrapSource(self.fd, self._begin_prefetch)
+        names = [_Name(self.entry.id, bootstrap, bootstrap.digest())]
+        blobs = self._image.open_blobs(domain, self._services.fetcher, prefetch=False)
+        for item, blob in zip(plan.blobs, blobs, strict=True):
+            source = BlobSource(blob, self._services.demand, eager=self._image.wants_prefetch)
+            names.append(_Name(check_name("blob id", item.entry.id), source, b""))
+        return names
 
-    def _bootstrap_path(self) -> Path:
-        path = self.entry.metadata_path
-        if path is None:
-            raise CachefilesError("metadata_path is missing", errno.EINVAL)
-        return mountable_bootstrap(path, self._config.work_dir)
-
-    def _open_blobs(self, stack: ExitStack, plan: ImagePlan) -> None:
-        self.backend = open_backend(self._config.backend)
-        stack.callback(self.backend.close)
-        retry = retry_policy(self._config.backend)
-        eager = self._prefetch_config.enable
-        for item in plan.blobs:
-            check_name("blob id", item.entry.id)
-            reader = open_reader(self.backend, item)
-            resolved = resolve(item, self._config.work_dir, reader, retry)
-            blob = self._domain.acquire(resolved, reader, self.metrics, retry)
-            stack.callback(self._domain.release, reader)
-            self._blobs.append((blob, reader))
-            source = BlobSource(blob, self._services.demand, eager=eager)
-            self._names.append(_Name(item.entry.id, source, b""))
+    @property
+    def fd(self) -> int:
+        """The open bootstrap."""
+        return self._image.bootstrap_fd
 
     @property
     def blob_ids(self) -> list[str]:
@@ -186,24 +152,15 @@ class KernelImage:
 
     def _begin_prefetch(self) -> None:
         """Prefetch as the configuration says, once, when it is mounted."""
-        config = self._prefetch_config
         with self._lock:
-            if not config.enable or self._prefetching:
+            if self._prefetching:
                 return
             self._prefetching = True
-        fetcher = self._services.fetcher
-        run: Prefetch | StreamPrefetch
-        if config.stream_prefetch:
-            run = StreamPrefetch(fetcher, self._blobs, config)
-        else:
-            blobs = [blob for blob, _ in self._blobs]
-            bootstrap = Path(f"/proc/self/fd/{self.fd}")
-            run = Prefetch(fetcher, bootstrap, blobs, self._config.prefetch_files, config)
-        self._stack.callback(run.stop)
+        self._image.begin_prefetch(self._services.fetcher)
 
     def close(self) -> None:
         """Let go of files and blobs, after `serve` only when `is_unused`."""
-        self._stack.close()
+        self._image.close()
 
     def withdraw(self) -> None:
         """Let the kernel ask for it no longer."""

@@ -14,7 +14,8 @@ from fscache.blobentry import BlobEntry
 from fscache.blobs import BlobRegistry
 from fscache.cachefiles.cache import KernelCache
 from fscache.cachefiles.device import DEVICE, Device
-from fscache.cachefiles.errors import CachefilesError
+from fscache.cachefiles.domain import keep_device
+from fscache.cachefiles.errors import CachefilesError, CachefilesMissing
 from fscache.cachefiles.images import KIND, KernelImages
 from fscache.cachefiles.support import (
     dead_mounts,
@@ -23,15 +24,19 @@ from fscache.cachefiles.support import (
     unsafe_kernel,
 )
 from fscache.holder.link import HolderLink, Inheritance
+from fscache.record import KERNEL_CACHE
 
 __all__ = ["CacheOptions", "KernelService"]
 
 logger = logging.getLogger(__name__)
 
-_DEVICE_KEY = "kernel cache"
 # A predecessor that just ends has the device for a moment yet.
 _DEVICE_SECONDS = 2.0
 _CLOSE_SECONDS = 10.0
+_INSTEAD = (
+    "; instead of singleton --fscache use nydusd erofs or nydusd fuse, which read lazily by"
+    " fanotify from Linux 6.14 on, by --transport nbd or fuse on any kernel, or --transport eager"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +84,6 @@ class KernelService:
             if device is None:
                 device = _bound_device(self.directory, options.tag)
             undo.callback(device.close)
-            if fresh:
-                require_fscache_mounts()
             # Nothing is taken from the device yet, so this harms nobody.
             self.can_be_taken_over = device.restore()
             undo.pop_all()
@@ -88,8 +91,7 @@ class KernelService:
             kept = link if self.can_be_taken_over else None
             self._images = KernelImages(self._cache, registry, environment, kept)
             if kept is not None:
-                values: dict[str, object] = {"kind": _DEVICE_KEY, "directory": str(self.directory)}
-                kept.keep(_DEVICE_KEY, values, [device.fileno()])
+                keep_device(kept, self.directory, device)
             self._adopt(inheritance)
         self._cache.start()
         self._tell(fresh=fresh)
@@ -162,7 +164,7 @@ class KernelService:
 
 def _inherited_device(inheritance: Inheritance) -> Device | None:
     for held in inheritance.records:
-        if held.values.get("kind") == _DEVICE_KEY:
+        if held.values.get("kind") == KERNEL_CACHE:
             fd = held.descriptors.pop()
             return Device(fd)
     return None
@@ -171,10 +173,13 @@ def _inherited_device(inheritance: Inheritance) -> Device | None:
 def _bound_device(directory: Path, tag: str | None) -> Device:
     if not directory.is_dir():
         raise CachefilesError("--fscache needs a directory", path=directory)
-    device = Device.open(DEVICE, _DEVICE_SECONDS)
-    try:
-        device.bind(directory, tag)
-    except BaseException:
-        device.close()
-        raise
-    return device
+    with ExitStack() as stack:
+        try:
+            device = Device.open(DEVICE, _DEVICE_SECONDS)
+            stack.callback(device.close)
+            device.bind(directory, tag)
+            require_fscache_mounts()
+        except CachefilesMissing as error:
+            raise CachefilesError(error.what + _INSTEAD, error.errno, **error.where) from error
+        stack.pop_all()
+        return device

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from fscache import kernel
-from fscache.cachefiles.errors import CachefilesError
+from fscache.cachefiles.errors import CachefilesMissing
 
 __all__ = ["dead_mounts", "require_fscache_mounts", "takes_fsid", "unsafe_kernel"]
 
@@ -35,17 +35,14 @@ def takes_fsid() -> bool:
 
 
 def require_fscache_mounts() -> None:
-    """Raise `CachefilesError` where nobody could mount over the cache."""
+    """Raise `CachefilesMissing` where nobody could mount over the cache."""
     try:
         if takes_fsid():
             return
         reason = "CONFIG_EROFS_FS_ONDEMAND is not set, or Linux 7.1.8 or later has removed it"
     except OSError as error:
         reason = f"{error.strerror}: CONFIG_EROFS_FS"
-    raise CachefilesError(
-        f"this kernel's EROFS cannot be mounted over fscache ({reason}); instead of singleton"
-        " --fscache use nydusd erofs or nydusd fuse"
-    )
+    raise CachefilesMissing(f"this kernel's EROFS cannot be mounted over fscache ({reason})")
 
 
 def unsafe_kernel(release: str, version: str) -> str:

@@ -213,6 +213,10 @@ class Holder:
         for domain in self._domains.values():
             domain.deny_taken()
             domain.deny_waiting()
+        # The last descriptor of some devices fails those who wait, by being closed.
+        for key, (record, _) in list(self._records.items()):
+            if record.get("orphaned") == "close":
+                self._drop(key)
 
     # Workers
 

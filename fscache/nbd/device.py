@@ -184,13 +184,23 @@ class KernelDevice:
         """
         device = cls(server, index, identifier, detached)
         end = time.monotonic() + _BUSY_SECONDS
-        while not (taken := device._reconnect(connections)):
+        while not (taken := device._inherit(connections)):
             # A process that is just dying has its connections for a moment.
             if time.monotonic() > end:
                 raise DeviceError("another process serves it", errno.EBUSY, path=device.path)
             time.sleep(_PAUSE_SECONDS)
         logger.info("took over %s with %d connections", device.path, taken)
         return device
+
+    def _inherit(self, count: int) -> int:
+        try:
+            return self._reconnect(count)
+        except DeviceError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise DeviceError(
+                "was detached, and somebody still has it open", errno.EBUSY, path=self.path
+            ) from error
 
     def _reconnect(self, count: int) -> int:
         """Give the kernel connections in place of dead ones; return how many it took.

@@ -1,5 +1,7 @@
 """Tarfs and raw disks beside the real tool's: bytes, words, and where ours is right instead."""
 
+import hashlib
+import io
 import os
 import re
 import shlex
@@ -170,6 +172,26 @@ def test_missing_blob_leaves_nothing(tmp_path):
     with pytest.raises(NydusError, match=r"no such blob|zran"):
         export_block(tmp_path / "boot", tmp_path / "disk", blob_directory(tmp_path))
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("case", ["zran-big-64k", "zran-multi-member", "estargz-ref"])
+def test_disks_of_original_layers(case, workplace, tmp_path):
+    """Of the layer and the tables that the real tool made."""
+    for name, data in expected_files(case).items():
+        (tmp_path / name).write_bytes(data)
+    (name,) = re.findall(r"\S+\.tar\.gz", commands(case)[0][0])
+    layer = (workplace / "cases" / name.removeprefix("../")).resolve().read_bytes()
+    (tmp_path / hashlib.sha256(layer).hexdigest()).write_bytes(layer)
+    result = export_block(tmp_path / "boot", tmp_path / "disk", blob_directory(tmp_path))
+    expected = {}
+    with tarfile.open(fileobj=io.BytesIO(layer)) as archive:
+        for entry in archive:
+            if entry.isreg() or entry.islnk():
+                path = os.fsencode(os.path.normpath(entry.name))
+                expected[path] = archive.extractfile(entry).read()
+    for left_out in (b".prefetch.landmark", b".no.prefetch.landmark", b"stargz.index.json"):
+        expected.pop(left_out, None)
+    assert files_of(result.disk.read_bytes()) == expected
 
 
 # The commands of the snapshotter, one by one (spec vm-runtimes 7.3 K6).

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 _HERE = Path(__file__).resolve().parent
-_TARGETS = ["fuzz_bootstrap", "fuzz_blobmeta", "fuzz_nbd", "fuzz_tables", "fuzz_tar", "fuzz_v5"]
+_TARGETS = [
+    "fuzz_bootstrap",
+    "fuzz_blobmeta",
+    "fuzz_nbd",
+    "fuzz_tables",
+    "fuzz_tar",
+    "fuzz_v5",
+    "fuzz_zran",
+]
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import pytest
 from fakes.blob_image import CHUNK_SIZE, BatchBlob, Blob
 
+from erofs.cipher import BlobCipher
 from erofs.citable import parse_cached
 from erofs.errors import CorruptStructure, FormatError, OutOfBounds, UnsupportedFeature
 from erofs.rafs import BlobFeatures, ChunkFlags, Compressor
@@ -274,3 +275,17 @@ def test_tables_of_another_blob(batched):
     other = Places(parse_cached(BatchBlob(LAYOUT[:-1]).cached))
     with pytest.raises(CorruptStructure, match="number of chunks"):
         BlobMap(batched.entry, batched.chunks).with_places(other)
+
+
+def test_images_with_different_keys_for_one_blob(blob):
+    entries = [
+        blob.entry._replace(features=0x40000105, **BlobCipher(key, bytes(16)).fields())
+        for key in (bytes(range(32)), bytes(range(1, 33)))
+    ]
+    rows = [row._replace(flags=row.flags | ChunkFlags.ENCRYPTED) for row in blob.chunks]
+    first = BlobMap(entries[0], rows[:2])
+    assert first.is_encrypted
+    assert first.with_chunks(entries[0], rows).known_count == len(rows)
+    with pytest.raises(CorruptStructure, match="the blob's key") as caught:
+        first.with_chunks(entries[1], rows)
+    assert bytes(range(8)).hex() not in str(caught.value)

@@ -19,9 +19,10 @@ def user(monkeypatch, tmp_path):
     return become
 
 
-def test_candidates(user):
+def test_candidates(user, monkeypatch):
+    monkeypatch.setattr("fscache.transport.unsafe_kernel", lambda release, version: "")
     user(0)
-    ways = (Transport.FANOTIFY, Transport.NBD, Transport.FUSE)
+    ways = (Transport.FANOTIFY, Transport.CACHEFILES, Transport.NBD, Transport.FUSE)
     assert candidates(Transport.AUTO) == ways
     assert wants_holder(Transport.AUTO)
     user(1000)
@@ -35,9 +36,17 @@ def test_candidates(user):
         for way in (*ways, Transport.EAGER):
             assert candidates(way) == (way,)
         assert wants_holder(Transport.FANOTIFY)
+        assert wants_holder(Transport.CACHEFILES)
         assert wants_holder(Transport.NBD)
         assert not wants_holder(Transport.FUSE)
         assert not wants_holder(Transport.EAGER)
+
+
+def test_nobody_is_led_to_cachefiles_that_are_unsafe(user, monkeypatch):
+    monkeypatch.setattr("fscache.transport.unsafe_kernel", lambda release, version: "holes")
+    user(0)
+    assert Transport.CACHEFILES not in candidates(Transport.AUTO)
+    assert candidates(Transport.CACHEFILES) == (Transport.CACHEFILES,)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import random
 import shutil
 import signal
@@ -393,6 +394,79 @@ def test_full_disk_is_an_error_that_heals(node, image):
     wait_until(lambda: shutil.disk_usage(node.cache).free > 12 << 20)
     assert read_tree(target) == image.snapshot
     node.unmount(target)
+
+
+# Mounted by the daemon
+
+
+def write_config(node, image):
+    node.server.blobs.update(image.blobs)
+    backend = {"type": "http-proxy", "config": {"addr": node.server.address, "path": "/blobs"}}
+    cache = {"type": "blobcache", "config": {"work_dir": str(node.work)}}
+    path = node.directory / "config.json"
+    path.write_text(json.dumps({"device": {"backend": backend, "cache": cache}, "mode": "direct"}))
+    return path
+
+
+def erofs_words(node, image, *more):
+    target = node.directory / f"mnt{len(node.mounts)}"
+    target.mkdir()
+    node.mounts.append(target)
+    config = write_config(node, image)
+    words = ("erofs", "-B", image.boot, "-C", config, "-M", target, "-A", node.sock)
+    return target, [*words, *more]
+
+
+def test_daemon_mounts_over_cachefiles_by_itself(node, image):
+    target, words = erofs_words(node, image)
+    pid = node.start(*words)
+    # Before Linux 6.14 it is the best of what this kernel has.
+    assert (node.work / "cachefiles/cache/Ierofs,nydusd").is_dir()
+    assert read_tree(target) == image.snapshot
+    assert node.kill(pid, signal.SIGTERM) == 0
+    assert not target.is_mount()
+    wait_until(lambda: not node.holders())
+    # Again by word, and now without a backend.
+    node.server.fault = 404
+    again, words = erofs_words(node, image, "--transport", "cachefiles")
+    pid = node.start(*words)
+    assert read_tree(again) == image.snapshot
+    assert node.kill(pid, signal.SIGTERM) == 0
+
+
+def test_daemon_that_mounts_is_killed(node, long_image):
+    """Nobody starts it again but its holder."""
+    rng = random.Random(2)
+    SlowServer(node.server, 0.05)
+    target, words = erofs_words(node, long_image.image, "--transport", "cachefiles")
+    pid = node.start(*words)
+    for step in range(2):
+        readers = long_image.readers(target, rng, 4, step, 3)
+        time.sleep(0.3)
+        if step:
+            # Of the holder's child nobody has to be told.
+            os.kill(pid, signal.SIGKILL)
+        else:
+            node.kill(pid)
+        for reader in readers:
+            reader.finish()
+        wait_until(lambda: node.state() == "RUNNING")
+        (pid,) = served_by(node.cache.parent)
+    assert read_tree(target) == long_image.image.snapshot
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not node.holders())
+    assert not target.is_mount()
+
+
+def served_by(directory):
+    """Return the daemons that were started for a mount below a directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if b"fscache" in words and any(os.fsencode(directory) in word for word in words):
+                found.append(int(path.parent.name))
+    return found
 
 
 @pytest.mark.kernel("6.12", "6.1")

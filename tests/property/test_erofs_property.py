@@ -14,7 +14,7 @@ from builder.bootstrap import load_tree
 from erofs import Node, check_blob, check_image, open_bootstrap, write_bootstrap
 from erofs.blobmeta import CompressionInfoV2, parse_entries_v2
 from erofs.citable import parse_cached
-from erofs.contexts import BatchContext, ZranContext, parse_batches, parse_zran
+from erofs.contexts import MAX_CONTEXT_SIZE, BatchContext, ZranContext, parse_batches, parse_zran
 from erofs.rafs import Compressor, Digester
 from erofs.view import View
 
@@ -244,8 +244,8 @@ def test_batches_are_what_was_packed(batches):
             st.integers(0, 1 << 39),
             st.integers(0, 1 << 63),
             st.integers(0, 1000),
-            _U32.filter(bool),
-            _SIZE,
+            st.integers(1, MAX_CONTEXT_SIZE),
+            st.integers(1, MAX_CONTEXT_SIZE),
             st.integers(0, 100),
             st.integers(0, 255),
             st.integers(0, 7),

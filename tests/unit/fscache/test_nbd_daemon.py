@@ -172,6 +172,7 @@ def test_a_device_of_a_killed_daemon(device, begin, image):
 
 
 def test_failures_leave_nothing(device, begin, tmp_path):
+    before = set(threading.enumerate())
     Device.fails = DeviceError("busy", errno.EBUSY)
     with pytest.raises(DeviceError):
         begin(device=Path("/dev/nbd3"), socket=tmp_path / "sock")
@@ -184,7 +185,7 @@ def test_failures_leave_nothing(device, begin, tmp_path):
     (tmp_path / "junk").write_bytes(bytes(8192))
     with pytest.raises(NydusError):
         begin(tmp_path / "junk", socket=tmp_path / "sock")
-    names = {thread.name for thread in threading.enumerate()}
+    names = {thread.name for thread in set(threading.enumerate()) - before}
     assert not [name for name in names if name.startswith(("nbd", "fetch"))]
 
 

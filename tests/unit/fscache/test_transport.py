@@ -11,6 +11,8 @@ from fscache.transport import Transport, candidates, wants_holder
 
 @pytest.fixture
 def user(monkeypatch, tmp_path):
+    monkeypatch.setattr("fscache.transport.unsafe_kernel", lambda release, version: "")
+
     def become(number, users="0 0 4294967295"):
         monkeypatch.setattr(os, "geteuid", lambda: number)
         (tmp_path / "uid_map").write_text(f"         {users}\n")
@@ -19,8 +21,7 @@ def user(monkeypatch, tmp_path):
     return become
 
 
-def test_candidates(user, monkeypatch):
-    monkeypatch.setattr("fscache.transport.unsafe_kernel", lambda release, version: "")
+def test_candidates(user):
     user(0)
     ways = (Transport.FANOTIFY, Transport.CACHEFILES, Transport.NBD, Transport.FUSE)
     assert candidates(Transport.AUTO) == ways
@@ -68,7 +69,7 @@ def test_the_next_one_is_tried_and_what_was_found_stays(user, runtime, tmp_path,
     monkeypatch.setattr("fscache.runtime.open_domain", open_domain)
     user(0)
     domain = runtime._domain(tmp_path, Transport.AUTO)
-    assert tried == [Transport.FANOTIFY, Transport.NBD, Transport.FUSE]
+    assert tried == list(candidates(Transport.AUTO))
     assert runtime._domain(tmp_path, Transport.FUSE) is domain
     assert runtime._domain(tmp_path, Transport.AUTO) is domain
     # Another directory may be another story.
@@ -83,5 +84,8 @@ def test_all_reasons_are_told(user, runtime, tmp_path, monkeypatch):
 
     monkeypatch.setattr("fscache.runtime.open_domain", open_domain)
     user(0)
-    with pytest.raises(LazyUnsupported, match="no fanotify at all; no nbd at all; no fuse at all"):
+    with pytest.raises(
+        LazyUnsupported,
+        match="no fanotify at all; no cachefiles at all; no nbd at all; no fuse at all",
+    ):
         runtime._domain(tmp_path, Transport.AUTO)

@@ -163,7 +163,8 @@ class TarStream:
 
     def _next_member(self) -> TarMember | None:
         self._skip(self._remaining, "content")
-        self._remaining = 0
+        self._skip(self._padding, "padding")
+        self._remaining = self._padding = 0
         self._extents = None
         self._entry = None
         bodies: dict[int, bytes] = {}
@@ -226,14 +227,8 @@ class TarStream:
 
     def _next_header(self) -> TarHeader | None:
         """Read and decode a header block; None at the end of the archive."""
-        # With the padding in front of it, which saves a step of whoever decompresses.
-        padding, self._padding = self._padding, 0
-        block = self._up_to(padding + BLOCK_SIZE)
-        self._position += min(padding, len(block))
-        if len(block) < padding:
-            raise self._truncated("padding")
-        block = block[padding:]
         self._header_offset = self._position
+        block = self._up_to(BLOCK_SIZE)
         if block == _ZERO_BLOCK:
             if any(self._up_to(BLOCK_SIZE)):
                 raise TarError("single zero block inside of the archive")

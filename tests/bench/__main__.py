@@ -28,6 +28,7 @@ from tests.bench.overlay import OverlayBench
 from tests.bench.report import Row
 from tests.bench.rig import Image, Server
 from tests.bench.source import Settings, pack_big, pack_tree
+from tests.bench.tree import PYTHON, TreeBench
 
 
 def _path(name: str) -> Path | None:
@@ -113,6 +114,9 @@ class _Bench:
         with Server.run([big, small]) as server:
             tree_image = Image(*small_image, small, server)
             self._tell([start_row(settings, tree_image, small)])
+            if not tree_image.has(PYTHON):
+                self._skip("programs of an image: no python3 in it (BENCH_SOURCE=a root's tar)")
+            self._tell(TreeBench(settings, tree_image, self._place("program")).rows())
             image = Image(*big_image, big, server)
             self._tell(DaemonBench(settings, image, digest, big).rows())
             self._run_fuse(image, tree_image)

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tests.bench.report import OURS, Row
 from tests.bench.rig import Image
 from tests.bench.source import Settings
 
-LATENCIES = (0, 5)
+LATENCIES = (0, 5, 20)
 STREAMS = (1, 4)
 _SETTLE_SECONDS = 0.3
 
@@ -35,10 +36,11 @@ class DaemonBench:
         for latency in LATENCIES:
             for streams in STREAMS:
                 yield self._sequential(latency, streams)
-        for latency in LATENCIES:
+        for latency in LATENCIES[:2]:
             yield from self._random(latency)
         yield self._hot()
         yield self._complete()
+        yield self._cached()
 
     def _variants(
         self, ours: Callable[[Path | None], float], **others: Callable[[], float]
@@ -145,18 +147,34 @@ class DaemonBench:
         seconds = take_turns(variants, self._settings.rounds)
         return Row("complete blob, 1 stream", seconds, "first read of a new mount")
 
+    def _read_page(self, mount: AbstractContextManager[object]) -> float:
+        with mount:
+            time.sleep(_SETTLE_SECONDS)
+            return statistics.median(self._image.read("page", 10_000))
+
+    def _cached(self) -> Row:
+        """Read one page of the page cache again and again."""
+
+        def ours(peer: Path | None) -> float:
+            return self._read_page(self._image.serve(peer, self._image.complete, 0))
+
+        variants = self._variants(
+            ours, **{"plain mount": lambda: self._read_page(self._image.mount_plain())}
+        )
+        return Row("4 KiB from page cache", take_turns(variants, self._settings.rounds))
+
 
 def start_row(settings: Settings, image: Image, directory: Path) -> Row:
     """Measure the time from the start of the process until the image is mounted."""
     image.fill()
 
     def ours(peer: Path | None) -> float:
-        with fresh(directory, "cold") as work_dir, image.serve(peer, work_dir, 0) as seconds:
-            return seconds
+        with fresh(directory, "cold") as work_dir, image.serve(peer, work_dir, 0) as daemon:
+            return daemon.seconds
 
     def floor() -> float:
-        with image.mount_plain() as seconds:
-            return seconds
+        with image.mount_plain() as program:
+            return program.seconds
 
     variants = {OURS: partial(ours, None), "floor": floor}
     if settings.daemon_peer is not None:

@@ -15,20 +15,22 @@ OURS = "ours"
 
 @dataclass
 class Row:
-    """One measurement: seconds of each round by variant, ours first among them.
+    """One measurement: the value of each round by variant, ours first among them.
 
-    `note` says how much work it was; `facts` are numbers for the JSON.
+    `note` says how much work it was; `facts` are numbers for the JSON; `unit` is "s" for
+    seconds, "B" for bytes, or what is counted.
     """
 
     name: str
-    seconds: dict[str, list[float]]
+    values: dict[str, list[float]]
     note: str = ""
     facts: dict[str, float] = field(default_factory=dict)
+    unit: str = "s"
 
 
 def ratios(row: Row, against: str) -> list[float]:
     """Return ours divided by another variant, for each round."""
-    pairs = zip(row.seconds[OURS], row.seconds[against], strict=True)
+    pairs = zip(row.values[OURS], row.values[against], strict=True)
     return [ours / other for ours, other in pairs]
 
 
@@ -37,6 +39,17 @@ def _time(seconds: float) -> str:
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"
     return f"{seconds * 1e6:.3g} µs"
+
+
+def _size(size: float) -> str:
+    return f"{size / (1 << 20):.3g} MiB"
+
+
+def _count(count: float) -> str:
+    return f"{count:.0f}"
+
+
+_SHOW = {"s": _time, "B": _size}
 
 
 def _span(values: Sequence[float], show) -> str:
@@ -53,11 +66,12 @@ HEADER = _COLUMNS.format("measurement", "ours", "beside", "its time", "ours / it
 
 def lines(row: Row) -> list[str]:
     """Return the lines of one measurement: one for each thing it is put beside."""
-    name, ours, result = row.name, _span(row.seconds[OURS], _time), []
-    for other, values in row.seconds.items():
+    show = _SHOW.get(row.unit, _count)
+    name, ours, result = row.name, _span(row.values[OURS], show), []
+    for other, values in row.values.items():
         if other == OURS:
             continue
-        span = _span(values, _time)
+        span = _span(values, show)
         ratio = _span(ratios(row, other), _ratio)
         result.append(_COLUMNS.format(name, ours, other, span, ratio))
         name = ours = ""
@@ -76,12 +90,13 @@ def _statistics(values: Sequence[float]) -> dict[str, object]:
 
 
 def _json_row(row: Row) -> dict[str, object]:
-    others = [name for name in row.seconds if name != OURS]
+    others = [name for name in row.values if name != OURS]
     return {
         "name": row.name,
         "note": row.note,
         "facts": row.facts,
-        "seconds": {name: _statistics(values) for name, values in row.seconds.items()},
+        "unit": row.unit,
+        "values": {name: _statistics(values) for name, values in row.values.items()},
         "ratios": {name: _statistics(ratios(row, name)) for name in others},
     }
 

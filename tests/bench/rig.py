@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
+from erofs import open_bootstrap
 from tests.bench.measure import BenchError, child, module, run, started
 from tests.bench.source import BIG_NAME
 
@@ -39,13 +41,20 @@ class Server:
         return json.loads(self._process.stdout.readline())
 
 
+class Daemon(NamedTuple):
+    """A running program that has mounted; `seconds` is how long that took from its start."""
+
+    pid: int
+    seconds: float
+
+
 def _device(path: Path) -> int:
     return path.stat().st_dev
 
 
 @contextmanager
-def mounted(command: Sequence[str], mountpoint: Path, log: Path) -> Iterator[float]:
-    """Run a program that mounts, and end both; give the seconds until the mount was there."""
+def mounted(command: Sequence[str], mountpoint: Path, log: Path) -> Iterator[Daemon]:
+    """Run a program that mounts, and end both."""
     before = _device(mountpoint)
     with log.open("wb") as output:
         start = time.monotonic()
@@ -58,7 +67,7 @@ def mounted(command: Sequence[str], mountpoint: Path, log: Path) -> Iterator[flo
                             text = log.read_text(errors="replace")[-2000:]
                             raise BenchError(f"{' '.join(command)}: no mount\n{text}")
                         time.sleep(_POLL_SECONDS)
-                    yield time.monotonic() - start
+                    yield Daemon(process.pid, time.monotonic() - start)
                 finally:
                     process.terminate()
                     with suppress(subprocess.TimeoutExpired):
@@ -78,14 +87,16 @@ class Image:
         self.server = server
         self.complete = directory / "complete"
         self._directory = directory
-        self._mountpoint = directory / "mnt"
-        self._mountpoint.mkdir()
+        self.mountpoint = directory / "mnt"
+        self.mountpoint.mkdir()
         self._log = directory / "mount.log"
 
-    def write_config(self, work_dir: Path, latency: int) -> Path:
-        """Write a configuration that both daemons take; chunks are verified by both."""
+    def write_config(
+        self, work_dir: Path, latency: int, rafs: Mapping[str, object] | None = None
+    ) -> Path:
+        """Write a configuration that both daemons take, with more keys of `rafs` if need be."""
         path = self._directory / "config.json"
-        backend = {"addr": f"http://127.0.0.1:{self.server.port}", "path": str(latency)}
+        backend = {"addr": f"http://127.0.0.1:{self.server.port}", "path": f"/{latency}"}
         content = {
             "version": 2,
             "backend": {"type": "http-proxy", "http-proxy": backend},
@@ -94,32 +105,38 @@ class Image:
                 "validate": True,
                 "filecache": {"work_dir": str(work_dir)},
             },
-            "rafs": {"mode": "direct"},
+            "rafs": {"mode": "direct", **(rafs or {})},
         }
         path.write_text(json.dumps(content))
         return path
 
-    def _arguments(self, work_dir: Path, latency: int) -> list[str]:
-        config = self.write_config(work_dir, latency)
-        words = ["-C", config, "-B", self.bootstrap, "-M", self._mountpoint, "-l", "warn"]
-        return list(map(str, words))
-
     def serve(
-        self, peer: Path | None, work_dir: Path, latency: int, *options: str
-    ) -> AbstractContextManager[float]:
+        self,
+        peer: Path | None,
+        work_dir: Path,
+        latency: int,
+        *options: str,
+        rafs: Mapping[str, object] | None = None,
+    ) -> AbstractContextManager[Daemon]:
         """Serve with our daemon, or with the peer through FUSE; see `mounted`."""
-        arguments = self._arguments(work_dir, latency)
-        if peer is None:
-            command = [*module("fscache", "erofs"), *arguments, *options]
-        else:
-            command = [str(peer), "fuse", *arguments]
-        return mounted(command, self._mountpoint, self._log)
+        config = self.write_config(work_dir, latency, rafs)
+        words = ["-C", config, "-B", self.bootstrap, "-M", self.mountpoint, "-l", "warn"]
+        # A limit of this machine may be lower than what both would set.
+        words += ["--rlimit-nofile", "0"]
+        program = module("fscache") if peer is None else [str(peer)]
+        command = [*program, "fuse", *map(str, words), *options]
+        return mounted(command, self.mountpoint, self._log)
 
-    def mount_plain(self) -> AbstractContextManager[float]:
+    def has(self, name: bytes) -> bool:
+        """Return whether a file is in the image."""
+        with open_bootstrap(self.bootstrap) as image:
+            return image.lookup(name) is not None
+
+    def mount_plain(self) -> AbstractContextManager[Daemon]:
         """Mount the complete copy by the kernel alone; see `mounted`."""
         data = self.complete / f"{self.blob_id}.blob.data"
-        command = child("plain_mount", self.bootstrap, self._mountpoint, data)
-        return mounted(command, self._mountpoint, self._log)
+        command = child("plain_mount", self.bootstrap, self.mountpoint, data)
+        return mounted(command, self.mountpoint, self._log)
 
     def fill(self) -> None:
         """Make the complete copy."""
@@ -130,7 +147,7 @@ class Image:
     def read(self, *arguments: object) -> list[float]:
         """Run a reader of `children.reader` on what is mounted and return what it prints."""
         words = [str(argument) for argument in arguments]
-        words[1:1] = [str(self._mountpoint / BIG_NAME)]
+        words[1:1] = [str(self.mountpoint / BIG_NAME)]
         usage = run(child("reader", *words), self._directory / "reader.log")
         return json.loads(usage.output)
 

@@ -2,8 +2,9 @@
 
 Arguments: `sequential PATH STREAMS PASSES SHA256` reads everything so many times with so many
 threads, and then compares unless the digest is `-`; `random PATH SEED COUNT` reads 4 KiB of
-COUNT different chunks; `walk PATH PASSES` asks for the attributes of all that is beside PATH and
-below. Prints the seconds of each pass or read as a JSON list.
+COUNT different chunks; `page PATH COUNT` reads the first 4 KiB so many times; `walk PATH PASSES`
+asks for the attributes of all that is beside PATH and below. Prints the seconds of each pass or
+read as a JSON list.
 """
 
 from __future__ import annotations
@@ -72,6 +73,18 @@ def scattered(path: str, seed: str, count: str) -> list[float]:
     return seconds
 
 
+def page(path: str, count: str) -> list[float]:
+    fd = os.open(path, os.O_RDONLY)
+    buffer = [bytearray(_PAGE)]
+    os.preadv(fd, buffer, 0)
+    seconds = []
+    for _ in range(int(count)):
+        start = time.perf_counter()
+        os.preadv(fd, buffer, 0)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
 def walk(path: str, passes: str) -> list[float]:
     seconds = []
     for _ in range(int(passes)):
@@ -83,5 +96,5 @@ def walk(path: str, passes: str) -> list[float]:
     return seconds
 
 
-KINDS = {"sequential": sequential, "random": scattered, "walk": walk}
+KINDS = {"sequential": sequential, "random": scattered, "page": page, "walk": walk}
 print(json.dumps(KINDS[sys.argv[1]](*sys.argv[2:])))

@@ -207,6 +207,10 @@ class BlobEntry(NamedTuple):
         return key, self.blob_meta_size.to_bytes(8, "little") + self.cipher_iv
 
 
+# An operation of an enumeration takes ten times as long as one of numbers.
+_COMPRESSED = int(ChunkFlags.COMPRESSED)
+
+
 class ChunkInfo(NamedTuple):
     """Chunk info table entry, 80 bytes: where a chunk is and what it must be (spec 2.5)."""
 
@@ -233,7 +237,7 @@ class ChunkInfo(NamedTuple):
     @property
     def is_compressed(self) -> bool:
         """Whether the stored bytes have to be decompressed."""
-        return bool(self.flags & ChunkFlags.COMPRESSED)
+        return bool(self.flags & _COMPRESSED)
 
 
 def iter_chunk_infos(table: memoryview) -> list[ChunkInfo]:

@@ -14,7 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 
 from erofs.cipher import BlobCipher
-from erofs.errors import CorruptStructure, OutOfBounds, UnsupportedFeature, error_context
+from erofs.errors import (
+    CorruptStructure,
+    NydusError,
+    OutOfBounds,
+    UnsupportedFeature,
+    error_context,
+)
 from erofs.layout import BLOCK_SIZE
 from erofs.rafs import (
     BLOB_FEATURES_INCOMPATIBLE,
@@ -47,7 +53,14 @@ _UNSUPPORTED_FEATURES = (
 )
 # Whose chunks only their own table knows how to get at.
 _TABLED = BlobFeatures.BATCH | BlobFeatures.ZRAN
-_SUPPORTED_CHUNK_FLAGS = ChunkFlags.COMPRESSED | ChunkFlags.ENCRYPTED | ChunkFlags.HAS_CRC
+# Numbers, for what is asked of each chunk: operations of enumerations take ten times as long.
+_UNSUPPORTED_CHUNK_FLAGS = ~int(ChunkFlags.COMPRESSED | ChunkFlags.ENCRYPTED | ChunkFlags.HAS_CRC)
+_ENCRYPTED = int(ChunkFlags.ENCRYPTED)
+_NO_CIPHER = int(Cipher.NONE)
+_NO_COMPRESSOR = int(Compressor.NONE)
+_GZIP = int(Compressor.GZIP)
+_ZRAN = int(BlobFeatures.ZRAN)
+_BATCH = int(BlobFeatures.BATCH)
 
 
 def _check_entry(entry: BlobEntry) -> None:
@@ -78,9 +91,9 @@ def _is_placed(entry: BlobEntry, chunk: ChunkInfo) -> bool:
 
     Not that of a batch (spec 2.5); and for one in gzip data it only has a hint.
     """
-    if entry.features & BlobFeatures.ZRAN:
+    if entry.features & _ZRAN:
         return False
-    return not entry.features & BlobFeatures.BATCH or chunk.compressed_size > 0
+    return not entry.features & _BATCH or chunk.compressed_size > 0
 
 
 def _check_chunk(entry: BlobEntry, chunk: ChunkInfo) -> None:
@@ -91,9 +104,9 @@ def _check_chunk(entry: BlobEntry, chunk: ChunkInfo) -> None:
         raise OutOfBounds(
             "index too large", expected=f"below {entry.chunk_count}", got=chunk.chunk_index
         )
-    if chunk.flags & ~_SUPPORTED_CHUNK_FLAGS:
+    if chunk.flags & _UNSUPPORTED_CHUNK_FLAGS:
         raise UnsupportedFeature("chunk flags are not supported", got=hex(chunk.flags))
-    if chunk.flags & ChunkFlags.ENCRYPTED and entry.cipher == Cipher.NONE:
+    if chunk.flags & _ENCRYPTED and entry.cipher == _NO_CIPHER:
         raise CorruptStructure("encrypted chunk of a blob without cipher", got=hex(chunk.flags))
     if not 0 < chunk.uncompressed_size <= entry.chunk_size:
         raise OutOfBounds(
@@ -113,7 +126,7 @@ def _check_chunk(entry: BlobEntry, chunk: ChunkInfo) -> None:
 
 def _check_stored(entry: BlobEntry, chunk: ChunkInfo) -> None:
     largest = chunk.uncompressed_size
-    if entry.cipher != Cipher.NONE:
+    if entry.cipher != _NO_CIPHER:
         largest = BlobCipher.stored_size(largest)
     if not chunk.is_compressed:
         if chunk.compressed_size != largest:
@@ -122,16 +135,34 @@ def _check_stored(entry: BlobEntry, chunk: ChunkInfo) -> None:
                 expected=largest,
                 got=chunk.compressed_size,
             )
-    elif entry.compressor == Compressor.NONE:
+    elif entry.compressor == _NO_COMPRESSOR:
         raise CorruptStructure("compressed chunk in a blob without compressor")
     # Builders store a chunk plainly when compression does not make it smaller (spec 4.3); of
     # members of gzip they only know how large these may be (4.10).
     elif (
-        not 0
-        < chunk.compressed_size
-        <= (largest if entry.compressor != Compressor.GZIP else MAX_CHUNK_SIZE)
+        not 0 < chunk.compressed_size <= (largest if entry.compressor != _GZIP else MAX_CHUNK_SIZE)
     ):
         raise CorruptStructure("bad compressed size", got=chunk.compressed_size)
+
+
+def _checked_rows(
+    entry: BlobEntry, chunks: Iterable[ChunkInfo], places: Places | None
+) -> dict[int, ChunkInfo]:
+    """Return the chunks by index; raise `FormatError`."""
+    rows: dict[int, ChunkInfo] = {}
+    for row in chunks:
+        # Not `error_context`, which costs more than the checks.
+        try:
+            _check_chunk(entry, row)
+            if row.chunk_index in rows:
+                raise CorruptStructure("two chunks with one index")
+            if places is not None:
+                places.check(row, entry.compressed_size)
+        except NydusError as error:
+            error.add_context(chunk=row.chunk_index)
+            raise
+        rows[row.chunk_index] = row
+    return rows
 
 
 class BlobMap:
@@ -162,15 +193,7 @@ class BlobMap:
         self.blob_id = entry.id
         with error_context(blob=entry.id):
             _check_entry(entry)
-            rows: dict[int, ChunkInfo] = {}
-            for row in chunks:
-                with error_context(chunk=row.chunk_index):
-                    _check_chunk(entry, row)
-                    if row.chunk_index in rows:
-                        raise CorruptStructure("two chunks with one index")
-                    if places is not None:
-                        places.check(row, entry.compressed_size)
-                rows[row.chunk_index] = row
+            rows = _checked_rows(entry, chunks, places)
         self.places = places
         self.is_located = places is not None or not entry.features & _TABLED
         self.chunk_count = entry.chunk_count
@@ -367,7 +390,6 @@ class BlobMap:
         bytes; a larger chunk is a run of its own. Chunks of a context stay together.
         """
         first = 0
-        overlap = self.places is not None and self.places.overlap
         for number in range(1, len(positions)):
             last, position = positions[number - 1], positions[number]
             together = self.context(last) != NO_CONTEXT and self.context(last) == self.context(
@@ -375,7 +397,7 @@ class BlobMap:
             )
             if not together and not (
                 position == last + 1
-                and self._touch(last, position, overlap)
+                and self.touches(last, position)
                 and self.compressed_end(position) - self.compressed_offsets[positions[first]]
                 <= max_bytes
             ):
@@ -384,9 +406,10 @@ class BlobMap:
         if positions:
             yield positions[first:]
 
-    def _touch(self, last: int, position: int, overlap: bool) -> bool:
+    def touches(self, last: int, position: int) -> bool:
+        """Return whether a chunk is stored right behind another one, or overlaps it by design."""
         gap = self.compressed_offsets[position] - self.compressed_end(last)
-        return gap == 0 or (overlap and gap < 0)
+        return gap == 0 or (gap < 0 and self.places is not None and self.places.overlap)
 
     def groups(self, positions: Sequence[int], max_bytes: int) -> Iterator[range]:
         """Yield the runs as ranges, which may hold other indexes of a context in between."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +28,7 @@ from fscache.places import NO_CONTEXT, Places
 from fscache.streams import Streams
 from fscache.tablefile import TableFile
 from fscache.trace import Trace
+from fscache.window import Window
 
 __all__ = ["CachedBlob", "Unpacker"]
 
@@ -79,8 +81,9 @@ class CachedBlob:
     """Reader, map, data file and chunk map of one blob; made by `open`, used by one `Fetcher`.
 
     `map` and `chunks` are the tables, `cache` is the data file, which this object owns, `retry`
-    says how reads of the backend are repeated, `traces` are told of every read, `listeners` of
-    every chunk that has become ready, by its position; they must be short.
+    says how reads of the backend are repeated, `streams` and `window` what to fetch with and
+    ahead of what is read, `traces` are told of every read, `listeners` of every chunk that has
+    become ready, by its position; they must be short.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class CachedBlob:
         self.traces: tuple[Trace, ...] = ()
         self.listeners: tuple[Callable[[int], None], ...] = ()
         self.streams = Streams(max(AHEAD_CHUNKS, AHEAD_BYTES // blob_map.entry.chunk_size))
+        self.window = Window()
         self._readers: tuple[BlobReader, ...] = (reader,)
         self._on_complete = on_complete
         self._table_file = table_file
@@ -269,7 +273,9 @@ class CachedBlob:
         return self._read(last, start, length)
 
     def _read(self, reader: BlobReader, start: int, length: int) -> bytes:
+        begin = time.monotonic()
         data = reader.read_at(start, length)
+        self.window.answered(time.monotonic() - begin, length)
         if len(data) != length:
             raise IntegrityError(
                 "backend gave the wrong length",

@@ -193,6 +193,17 @@ class ChunkMap:
         """Tell whether every chunk of a range is ready, without the lock."""
         return self._ready.find(0, positions.start, positions.stop) < 0
 
+    def first_missing(self, start: int) -> int:
+        """Return the first index from one on that is not ready, without the lock; -1 for none."""
+        return self._ready.find(0, start)
+
+    def missing_until(self, start: int, stop: int) -> int:
+        """Return where a stretch that nobody has or fetches ends: from `start`, before `stop`."""
+        with self._lock:
+            end = self._ready.find(1, start, stop)
+            end = stop if end < 0 else end
+            return next((index for index in range(start, end) if index in self._pending), end)
+
     def claim(
         self, positions: range, waiter: Waiter, around: range | None = None
     ) -> tuple[list[int], int]:

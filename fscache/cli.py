@@ -31,6 +31,7 @@ from fscache.config import ConfigError, DaemonConfig, load_config
 from fscache.daemonlog import set_up_daemon_log
 from fscache.environment import with_environment
 from fscache.image import ROOT
+from fscache.memory import bound_arenas
 from fscache.nbd_cli import add_nbd, nbd_options
 from fscache.node import NodeDaemon, NodeOptions
 from fscache.place import mounted_at
@@ -440,6 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rotate_bytes = arguments.log_rotation_size << 20
         set_up_daemon_log(arguments.log_level, arguments.log_file, rotate_bytes)
         _set_open_files(arguments.rlimit_nofile)
+        bound_arenas()
         return _serve(arguments)
     except NydusError as error:
         print(f"Error: {error}", file=sys.stderr)

@@ -147,17 +147,18 @@ class Fetcher:
                 self._look_ahead(blob, positions)
 
     def _look_ahead(self, blob: CachedBlob, positions: range) -> None:
-        """Fetch what a sequential reader will want next, in the same file; nobody waits for it."""
-        count = blob.streams.ahead(positions)
-        if not count:
-            return
-        following = blob.map.following(positions[-1], count)
-        if not following or blob.chunks.all_ready(following):
-            return
+        """Fetch what a reader will want next who goes on in a file, or sweeps through the blob."""
         table = blob.map
-        if table.is_located:
-            mine, _ = blob.chunks.claim(following, NOBODY, table.whole_contexts(following))
-            self._submit(blob, table, mine, None)
+        following = table.following(positions[-1], blob.streams.ahead(positions))
+        swept = blob.window.ahead(table, blob.chunks, positions)
+        for wanted in (following, swept):
+            if wanted and table.is_located and not blob.chunks.all_ready(wanted):
+                self._claim_ahead(blob, table, wanted)
+
+    def _claim_ahead(self, blob: CachedBlob, table: BlobMap, wanted: range) -> None:
+        """Fetch what nobody waits for yet."""
+        mine, _ = blob.chunks.claim(wanted, NOBODY, table.whole_contexts(wanted))
+        self._submit(blob, table, mine, None)
 
     def _request(
         self, blob: CachedBlob, positions: range, done: Done, background: Read | None = None
@@ -208,7 +209,10 @@ class Fetcher:
             request.finish(error)
             return
         table = blob.map
-        mine, waiting = blob.chunks.claim(positions, request, table.whole_contexts(positions))
+        wanted = positions
+        if background is None:
+            wanted = blob.window.around(table, blob.chunks, positions)
+        mine, waiting = blob.chunks.claim(positions, request, table.whole_contexts(wanted))
         if background is None:
             blob.metrics.request(wanted=len(positions), missing=waiting)
         self._submit(blob, table, mine, background)

@@ -186,7 +186,9 @@ class ServedImage:
         for plan in self._plan.blobs:
             reader = open_reader(self.backend, plan)
             resolved = resolve(plan, self.config.work_dir, reader, self._retry)
-            blobs.append(domain.acquire(resolved, reader, self.cache_metrics, self._retry))
+            blob = domain.acquire(resolved, reader, self.cache_metrics, self._retry)
+            blob.window.limit = max(blob.window.limit, self.config.rafs.batch_size)
+            blobs.append(blob)
             self._stack.callback(domain.release, reader)
             if self.trace is not None:
                 domain.watch(reader, self.trace)

@@ -30,8 +30,6 @@ WITHOUT_EFFECT = (
     "encryption_key",
     # The kernel parses the metadata and reads ahead by itself.
     "mode",
-    "amplify_io",
-    "rafs.batch_size",
     # Blob entries are read, but not served yet.
     "prefetch_config.enable",
     # All blobs of an image come from one backend.

@@ -392,10 +392,7 @@ class BlobMap:
         first = 0
         for number in range(1, len(positions)):
             last, position = positions[number - 1], positions[number]
-            together = self.context(last) != NO_CONTEXT and self.context(last) == self.context(
-                position
-            )
-            if not together and not (
+            if not self.is_together(last, position) and not (
                 position == last + 1
                 and self.touches(last, position)
                 and self.compressed_end(position) - self.compressed_offsets[positions[first]]
@@ -405,6 +402,10 @@ class BlobMap:
                 first = number
         if positions:
             yield positions[first:]
+
+    def is_together(self, last: int, position: int) -> bool:
+        """Return whether two chunks are parts of one context."""
+        return self.context(last) != NO_CONTEXT and self.context(last) == self.context(position)
 
     def touches(self, last: int, position: int) -> bool:
         """Return whether a chunk is stored right behind another one, or overlaps it by design."""

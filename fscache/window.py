@@ -102,10 +102,12 @@ def _distance(table: BlobMap, last: int, start: int) -> int:
 def _stretch(table: BlobMap, chunks: ChunkMap, first: int, stop: int, size: int) -> int:
     """Return the index behind the last chunk that one request can have, of those missing."""
     end = stop
-    while (
-        end < table.chunk_count
-        and table.touches(end - 1, end)
-        and table.compressed_end(end) - table.compressed_offsets[first] <= size
+    while end < table.chunk_count and (
+        table.is_together(end - 1, end)
+        or (
+            table.touches(end - 1, end)
+            and table.compressed_end(end) - table.compressed_offsets[first] <= size
+        )
     ):
         end += 1
     return chunks.missing_until(stop, end)

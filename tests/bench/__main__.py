@@ -18,6 +18,7 @@ from fscache.channel.fuse import require_fuse
 from fscache.probe import lazy_supported, probe
 from fscache.sharing import LazyUnsupported
 from tests.bench import report
+from tests.bench.containers import ContainerBench
 from tests.bench.create import CreateBench, image_command
 from tests.bench.daemon import DaemonBench, start_row
 from tests.bench.disk import DiskBench
@@ -117,9 +118,21 @@ class _Bench:
             if not tree_image.has(PYTHON):
                 self._skip("programs of an image: no python3 in it (BENCH_SOURCE=a root's tar)")
             self._tell(TreeBench(settings, tree_image, self._place("program")).rows())
+            self._run_containers(tree, tree_image)
             image = Image(*big_image, big, server)
             self._tell(DaemonBench(settings, image, digest, big).rows())
             self._run_fuse(image, tree_image)
+
+    def _run_containers(self, tree: Path, image: Image) -> None:
+        if not image.has(PYTHON):
+            self._skip("containers: the tree is no root file system")
+            return
+        try:
+            bench = ContainerBench(self._settings, tree, self._place("containers"))
+        except BenchError as error:
+            self._skip(f"containers: {error}")
+        else:
+            self._tell(bench.rows())
 
     def _run_fuse(self, big: Image, tree: Image) -> None:
         try:

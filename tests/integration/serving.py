@@ -23,6 +23,7 @@ from builder.source.options import SourceOptions, WhiteoutSpec
 from fscache.backend import LocalFsConfig
 from fscache.config import DaemonConfig
 from fscache.daemon import Daemon
+from fscache.settings import RafsConfig
 
 TIMEOUT = 30
 ROOT = Path(__file__).parents[2]
@@ -148,10 +149,12 @@ class Serving:
         self.stack.callback(unmount, path)
         return path
 
-    def start(self, image, backend=None, *, work_dir=None, **options):
+    def start(self, image, backend=None, *, work_dir=None, amplify=1 << 20, **options):
         """Start a daemon in this process, by default with the blobs' directory as backend."""
         config = DaemonConfig(
-            backend or LocalFsConfig(dir=image.blob_dir), work_dir or self.directory / "cache"
+            backend or LocalFsConfig(dir=image.blob_dir),
+            work_dir or self.directory / "cache",
+            rafs=RafsConfig(batch_size=amplify),
         )
         daemon = Daemon(config, image.bootstrap, self.mountpoint(), **options)
         self.stack.callback(daemon.stop)

@@ -52,7 +52,8 @@ def server(stack, tmp_path, store):
 def test_a_batch_is_fetched_once(serving, store, server, tmp_path):
     image = place(tmp_path, store, "batch-64k-zstd/boot")
     served = server(image)
-    mountpoint = serving.start(image, HttpProxyConfig(addr=served.address)).mountpoint
+    backend = HttpProxyConfig(addr=served.address)
+    mountpoint = serving.start(image, backend, amplify=0).mountpoint
     entry, name = file_in_batch(image)
     serving.snapshot(mountpoint, content=False)
     assert served.ranges == []

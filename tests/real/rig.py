@@ -50,18 +50,24 @@ def answers(path: Path) -> bool:
         return False
 
 
-def write_nydusd(path: Path, *, commit: str = "") -> None:
+def write_nydusd(path: Path, *, commit: str = "", other: Path | str | None = None) -> None:
     """Write the program that the snapshotter starts; it becomes nydusd, with the same number.
 
-    With `commit` it says that it was made from that one, as another version would.
+    Args:
+        path: of the new program.
+        commit: what it says that it was made from, as another version would.
+        other: a nydusd in place of ours; also NYDUSD in the environment.
     """
-    other = os.environ.get("NYDUSD")
+    other = other or os.environ.get("NYDUSD")
     if other:
         command = shlex.quote(str(Path(other).resolve(strict=True)))
+        # What the original sets by default may be more than this machine permits.
+        limit = '[ "$1" != fuse ] || set -- "$@" --rlimit-nofile 0'
     else:
         python = f"PYTHONPATH={shlex.quote(str(CHECKOUT))} {shlex.quote(sys.executable)}"
         command = f"env {python} -m fscache"
-    lines = ["#!/bin/sh"]
+        limit = ""
+    lines = ["#!/bin/sh", limit]
     if commit:
         change = f'sed "s/^Git Commit:.*/Git Commit: {commit}/"'
         lines.append(f'if [ "$1" = --version ]; then {command} "$@" | {change}; exit; fi')
@@ -79,6 +85,7 @@ class Rig:
         recover_policy: `none`, `restart` or `failover`.
         prefetch: fetch everything in the background, as the recorded configuration says.
         environment: more variables for all programs.
+        nydusd: a nydusd in place of ours.
     """
 
     def __init__(
@@ -89,6 +96,7 @@ class Rig:
         *,
         prefetch: bool = False,
         environment: Mapping[str, str] | None = None,
+        nydusd: Path | None = None,
     ) -> None:
         self._peers = peers
         self._more = environment or {}
@@ -100,7 +108,7 @@ class Rig:
         self._box: Box | None = None
         try:
             write_settings(self.root, mode, recover_policy, prefetch=prefetch)
-            write_nydusd(self.root / "nydusd")
+            write_nydusd(self.root / "nydusd", other=nydusd)
             (self.root / "tmp").mkdir()
             self._box = Box(self.root, self._environment())
             self._start()

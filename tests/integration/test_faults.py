@@ -8,7 +8,9 @@ import errno
 import os
 import random
 import signal
+import ssl
 import subprocess
+from pathlib import Path
 
 import pytest
 from capabilities import need_tool, requires
@@ -17,10 +19,11 @@ from serving import Serving, build_image, unmount, wait_until, write_config
 
 import fscache.image
 import fscache.runtime
-from erofs import CorruptStructure, IntegrityError, open_bootstrap
+from erofs import CorruptStructure, IntegrityError, NydusError, open_bootstrap
 from fscache.backend import HttpProxyConfig
 from fscache.backend.retry import RetryPolicy
 from fscache.fetcher import Fetcher, FetcherOptions
+from fscache.place import mounted_at
 from fscache.transport import Transport
 
 pytestmark = [
@@ -257,6 +260,29 @@ def test_stalled_chunk_does_not_hold_others(serving, server, image, source):
     read_in_the_end(serving, top / "b", (source / "b").read_bytes())
 
 
+def test_tls_that_fails_and_heals(serving, image, source, stack, tmp_path, caplog):
+    """A certificate nobody trusts: EIO and one line, no data, no plain HTTP; then it is trusted."""
+    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    need_tool("openssl")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+         "-nodes", "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=nobody",
+         "-addext", "subjectAltName=IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = BlobServer(image.blobs(), tls=context)
+    stack.callback(server.stop)
+    top = serving.start(image, http(server)).mountpoint
+    serving.read_fails(top / "a")
+    assert not server.ranges
+    assert "certificate" in caplog.text
+    trusting = http(server, ca_cert_files=(certificate,))
+    top = serving.start(image, trusting, work_dir=tmp_path / "other").mountpoint
+    assert serving.read(top / "a") == (source / "a").read_bytes()
+
+
 @pytest.fixture
 def small_disk(tmp_path, stack):
     """An ext4 of its own, too small for the blob."""
@@ -299,6 +325,28 @@ def test_full_disk(serving, server, image, source, small_disk, blob_id, caplog):
     top = serving.start(image, http(server), work_dir=cache).mountpoint
     assert serving.snapshot(top)
     assert len(server.ranges) == asked
+
+
+@requires("loop")
+def test_disk_that_turns_read_only(serving, server, image, source, small_disk, blob_id, caplog):
+    daemon = serving.start(image, http(server), work_dir=small_disk / "cache")
+    top = daemon.mountpoint
+    first = (source / "a").read_bytes()[:CHUNK]
+    assert serving.read(top / "a", 0, CHUNK) == first
+    (chunk,) = chunk_infos(image, b"/a")[:1]
+    wait_until(lambda: bit_on_disk(small_disk / "cache", blob_id, chunk.chunk_index))
+    device = mounted_at(small_disk).source
+    trigger = Path("/sys/fs/ext4", Path(device).name, "trigger_fs_error")
+    subprocess.run(["mount", "-o", "remount,errors=remount-ro", small_disk], check=True)
+    trigger.write_text("test")
+    serving.read_fails(top / "b")
+    assert "Read-only file system" in caplog.text
+    # What was there is still right.
+    subprocess.run(["sysctl", "-q", "vm.drop_caches=1"], check=True)
+    assert serving.read(top / "a", 0, CHUNK) == first
+    with pytest.raises(NydusError, match="Read-only file system"):
+        daemon.stop()
+    assert not os.path.ismount(top)
 
 
 def test_unknown_file_in_the_serve_directory_is_denied(serving, server, image, source, caplog):

@@ -16,7 +16,6 @@ from fscache.holder.journal import Journal
 from fscache.holder.link import HeldDomain, HolderLink
 from fscache.mount import ErofsMount, MountError, mount_erofs
 from fscache.mounting import MountJob
-from fscache.probe import lazy_supported, probe
 from fscache.service import Service
 from fscache.sharing import Domain, LazyUnsupported, Shared, prepare_work_dir
 from fscache.store import Orphan, ServeDirectory, take_stale
@@ -49,8 +48,11 @@ class CacheDomain(Domain):
         fetcher: Fetcher,
         link: HolderLink | None = None,
         held: HeldDomain | None = None,
+        *,
+        proven: bool = False,
     ) -> None:
         super().__init__(work_dir, fetcher)
+        self._proven = proven
         self._link = link
         self._inherited = held is not None
         self._orphans: list[Orphan] = []
@@ -82,9 +84,13 @@ class CacheDomain(Domain):
 
     def _create(self, stack: ExitStack) -> None:
         prepare_work_dir(self.work_dir)
-        verdict = lazy_supported(probe(self.work_dir))
-        if not verdict.ok:
-            raise LazyUnsupported(f"no pre-content events: {verdict.detail}")
+        if not self._proven:
+            # Imported here: most starts know.
+            from fscache.probe import lazy_supported, probe
+
+            verdict = lazy_supported(probe(self.work_dir))
+            if not verdict.ok:
+                raise LazyUnsupported(f"no pre-content events: {verdict.detail}")
         self._orphans = take_stale(self.work_dir)
         self._store = ServeDirectory.create(self.work_dir)
         stack.callback(self._store.remove)

@@ -47,9 +47,21 @@ def _progress(progress: Progress | None, before: int, total: int) -> Progress | 
 
 
 def open_domain(
-    transport: Transport, work_dir: Path, fetcher: Fetcher, link: HolderLink | None
+    transport: Transport,
+    work_dir: Path,
+    fetcher: Fetcher,
+    link: HolderLink | None,
+    *,
+    proven: bool = False,
 ) -> Domain:
     """Return what serves a cache directory in one way, `AUTO` excepted.
+
+    Args:
+        transport: the way.
+        work_dir: the cache directory.
+        fetcher: not owned.
+        link: the holder, if there is one; not owned.
+        proven: it has worked on this file system since the machine was started.
 
     Raises:
         LazyUnsupported: the machine lacks what it takes.
@@ -72,4 +84,4 @@ def open_domain(
         from fscache.nbd.domain import NbdDomain
 
         return NbdDomain(work_dir, fetcher)
-    return CacheDomain(work_dir, fetcher, link)
+    return CacheDomain(work_dir, fetcher, link, proven=proven)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from erofs.errors import NydusError
@@ -20,8 +21,9 @@ from fscache.fetcher import Fetcher
 from fscache.holder.link import HeldDomain, HeldRecord, HolderError, HolderLink
 from fscache.image import ImageOptions, ServedImage
 from fscache.record import ImageRecord
-from fscache.sharing import Domain, LazyUnsupported
+from fscache.sharing import Domain, LazyUnsupported, prepare_work_dir
 from fscache.transport import Transport, candidates
+from fscache.verdict import forget_verdict, known_verdict, remember_verdict
 
 __all__ = ["Runtime"]
 
@@ -85,21 +87,45 @@ class Runtime:
             NydusError: anything else.
         """
         place = work_dir.absolute()
-        missing = []
+        ways = candidates(asked)
         with self._lock:
-            for transport in candidates(asked):
-                domain = self._domains.get((place, transport))
+            for transport in ways:
+                if (place, transport) in self._domains:
+                    return self._domains[place, transport]
+            prepare_work_dir(place)
+            known = known_verdict(place)
+            if known in ways:
+                domain = self._open_known(place, known)
                 if domain is not None:
                     return domain
-                try:
-                    domain = open_domain(transport, place, self._fetcher, self._link)
-                except LazyUnsupported as error:
-                    missing.append(str(error))
-                    continue
-                self._domains[place, transport] = domain
-                if missing:
-                    logger.info("transport %s for %s: %s", transport, place, "; ".join(missing))
-                return domain
+            return self._open_first(place, ways)
+
+    def _open_known(self, place: Path, transport: Transport) -> Domain | None:
+        """Open what an earlier start found to work, without trying others; None if it does not."""
+        try:
+            domain = open_domain(transport, place, self._fetcher, self._link, proven=True)
+        except NydusError as error:
+            logger.info("transport %s for %s no longer works: %s", transport, place, error)
+            forget_verdict(place)
+            return None
+        self._domains[place, transport] = domain
+        logger.info("transport %s for %s, as found before", transport, place)
+        return domain
+
+    def _open_first(self, place: Path, ways: Sequence[Transport]) -> Domain:
+        """Open the first way that works; raise `LazyUnsupported` with the reasons of all."""
+        missing = []
+        for transport in ways:
+            try:
+                domain = open_domain(transport, place, self._fetcher, self._link)
+            except LazyUnsupported as error:
+                missing.append(str(error))
+                continue
+            self._domains[place, transport] = domain
+            logger.info("transport %s for %s: %s", transport, place, "; ".join([*missing, "works"]))
+            if len(ways) > 1 or transport is Transport.FANOTIFY:
+                remember_verdict(place, transport)
+            return domain
         raise LazyUnsupported(
             f"lazy reading is not possible here: {'; '.join(missing)}"
             " (--transport eager fetches everything first)"

@@ -42,9 +42,9 @@ _GROUP_FLAGS = (
     | kernel.FAN_UNLIMITED_QUEUE
     | kernel.FAN_UNLIMITED_MARKS
 )
-# 64-bit kernels add O_LARGEFILE themselves (`force_o_largefile`), and no other is supported. Nothing
-# is written through these descriptors, and on a file system that has turned read-only the kernel
-# could not open them for that: reads of what is there would fail.
+# 64-bit kernels add O_LARGEFILE themselves (`force_o_largefile`), and no other is supported.
+# Nothing is written through these descriptors, and on a file system that has turned read-only
+# the kernel could not open them for that: reads of what is there would fail.
 _EVENT_FLAGS = os.O_RDONLY | os.O_CLOEXEC
 _FAILURE_PAUSE_MS = 20
 

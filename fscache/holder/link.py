@@ -81,11 +81,15 @@ class Inheritance:
         self.domains, self.records = [], []
 
 
+def run_directory() -> Path:
+    """Return where things are kept that end with the machine: `NYDUSD_RUN_DIR`, or in `/run`."""
+    return Path(os.environ.get("NYDUSD_RUN_DIR", RUN_DIRECTORY))
+
+
 def holder_directory(mountpoint: Path) -> Path:
     """Return where the holder of a mount point has its socket and its log."""
-    run = Path(os.environ.get("NYDUSD_RUN_DIR", RUN_DIRECTORY))
     name = os.fsencode(os.path.realpath(mountpoint))
-    return run / hashlib.sha256(name).hexdigest()[:16]
+    return run_directory() / hashlib.sha256(name).hexdigest()[:16]
 
 
 class HolderLink:

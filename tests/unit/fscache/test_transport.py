@@ -1,6 +1,7 @@
 """What is tried for each word of the command line, and who gets a holder."""
 
 import os
+import time
 
 import pytest
 
@@ -11,6 +12,7 @@ from fscache.transport import Transport, candidates, wants_holder
 
 @pytest.fixture
 def user(monkeypatch, tmp_path):
+    monkeypatch.setenv("NYDUSD_RUN_DIR", str(tmp_path / "run"))
     monkeypatch.setattr("fscache.transport.unsafe_kernel", lambda release, version: "")
 
     def become(number, users="0 0 4294967295"):
@@ -60,7 +62,7 @@ def runtime():
 def test_the_next_one_is_tried_and_what_was_found_stays(user, runtime, tmp_path, monkeypatch):
     tried = []
 
-    def open_domain(transport, work_dir, fetcher, link):
+    def open_domain(transport, work_dir, fetcher, link, *, proven=False):
         tried.append(transport)
         if transport is not Transport.FUSE:
             raise LazyUnsupported("no events")
@@ -79,7 +81,7 @@ def test_the_next_one_is_tried_and_what_was_found_stays(user, runtime, tmp_path,
 
 
 def test_all_reasons_are_told(user, runtime, tmp_path, monkeypatch):
-    def open_domain(transport, *_):
+    def open_domain(transport, *_, **__):
         raise LazyUnsupported(f"no {transport} at all")
 
     monkeypatch.setattr("fscache.runtime.open_domain", open_domain)
@@ -89,3 +91,95 @@ def test_all_reasons_are_told(user, runtime, tmp_path, monkeypatch):
         match="no fanotify at all; no cachefiles at all; no nbd at all; no fuse at all",
     ):
         runtime._domain(tmp_path, Transport.AUTO)
+
+
+@pytest.fixture
+def machine(user, monkeypatch):
+    """A machine on which `works` works; `tried` is what was opened, and whether it was proven."""
+
+    class Machine:
+        def __init__(self):
+            self.works = {Transport.FANOTIFY}
+            self.tried = []
+
+        def open_domain(self, transport, work_dir, fetcher, link, *, proven=False):
+            self.tried.append((transport, proven))
+            if transport not in self.works:
+                raise LazyUnsupported(f"no {transport}")
+            return Domain(work_dir, fetcher)
+
+        def find(self, work_dir, asked=Transport.AUTO):
+            """Ask a new process."""
+            self.tried.clear()
+            runtime = Runtime()
+            try:
+                runtime._domain(work_dir, asked)
+            finally:
+                runtime.close()
+            return list(self.tried)
+
+    machine = Machine()
+    monkeypatch.setattr("fscache.runtime.open_domain", machine.open_domain)
+    user(0)
+    return machine
+
+
+def test_the_next_start_knows(machine, tmp_path, caplog):
+    assert machine.find(tmp_path) == [(Transport.FANOTIFY, False)]
+    assert machine.find(tmp_path / "other") == [(Transport.FANOTIFY, True)]
+    assert machine.find(tmp_path, Transport.FANOTIFY) == [(Transport.FANOTIFY, True)]
+    # What somebody asks for by name is not what `auto` has found.
+    machine.works = {Transport.FUSE}
+    assert machine.find(tmp_path, Transport.FUSE) == [(Transport.FUSE, False)]
+
+
+def test_what_no_longer_works_is_tried_again(machine, tmp_path):
+    machine.find(tmp_path)
+    machine.works = {Transport.FUSE}
+    everything = [(way, False) for way in candidates(Transport.AUTO)]
+    assert machine.find(tmp_path) == [(Transport.FANOTIFY, True), *everything]
+    assert machine.find(tmp_path) == [(Transport.FUSE, True)]
+
+
+def test_a_lesser_way_is_not_for_ever(machine, tmp_path, monkeypatch):
+    machine.works = {Transport.FUSE}
+    machine.find(tmp_path)
+    assert machine.find(tmp_path) == [(Transport.FUSE, True)]
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now + 700)
+    machine.works = {Transport.FANOTIFY}
+    assert machine.find(tmp_path) == [(Transport.FANOTIFY, False)]
+    monkeypatch.setattr("time.time", lambda: now + 1e6)
+    assert machine.find(tmp_path) == [(Transport.FANOTIFY, True)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b'{"transport": "tin cans", "when": 1}',
+        b'{"transport": "fuse"}',
+        bytes(2000),
+    ],
+)  # fmt: skip
+def test_verdicts_that_are_none(machine, tmp_path, content):
+    machine.find(tmp_path)
+    (place,) = (tmp_path / "run").glob("transport-*")
+    place.write_bytes(content)
+    assert machine.find(tmp_path) == [(Transport.FANOTIFY, False)]
+
+
+def test_another_boot_is_another_machine(machine, tmp_path, monkeypatch):
+    machine.find(tmp_path)
+    (tmp_path / "boot_id").write_text("another\n")
+    monkeypatch.setattr("fscache.verdict._BOOT_ID", tmp_path / "boot_id")
+    assert machine.find(tmp_path) == [(Transport.FANOTIFY, False)]
+
+
+def test_without_a_place_for_verdicts(machine, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NYDUSD_RUN_DIR", str(tmp_path / "file"))
+    for _ in range(2):
+        assert machine.find(tmp_path) == [(Transport.FANOTIFY, False)]

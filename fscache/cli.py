@@ -17,29 +17,28 @@ from typing import TYPE_CHECKING
 
 from erofs.console import LOG_LEVELS, CommandParser, ProgressLine, print_version
 from erofs.errors import NydusError
-from fscache.backend import LocalFsConfig
-from fscache.cli_words import (
-    add_names,
-    address,
-    check_names,
-    conflict,
-    megabytes,
-    missing,
-    virtual_path,
+from fscache.cli_image import (
+    add_filesystem,
+    add_ignored,
+    add_transport,
+    check_filesystem,
+    check_source,
+    daemon_config,
+    filesystem_options,
+    tell_ignored,
 )
-from fscache.config import ConfigError, DaemonConfig, load_config
+from fscache.cli_words import add_names, address, megabytes
+from fscache.config import ConfigError
 from fscache.daemonlog import set_up_daemon_log
-from fscache.environment import with_environment
-from fscache.image import ROOT
 from fscache.memory import bound_arenas
 from fscache.nbd_cli import add_nbd, nbd_options
 from fscache.node import NodeDaemon, NodeOptions
 from fscache.place import mounted_at
-from fscache.prefetchlist import read_prefetch_file
 from fscache.singleton import SingletonDaemon
 from fscache.singleton_cli import add_singleton, singleton_options, waits_for_take_over
 from fscache.systemd import Notifier, Watchdog
 from fscache.transport import Transport
+from fscache.virtiofs_cli import add_virtiofs
 
 if TYPE_CHECKING:
     from fscache.nbd.daemon import NbdDaemon
@@ -51,7 +50,7 @@ logger = logging.getLogger(__name__)
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 DEFAULT_OPEN_FILES = 1_000_000
-_COMMANDS = ("erofs", "fuse", "singleton", "nbd", "doctor")
+_COMMANDS = ("erofs", "fuse", "virtiofs", "singleton", "nbd", "doctor")
 
 
 def _process() -> CommandParser:
@@ -83,7 +82,7 @@ def _process() -> CommandParser:
     return common
 
 
-def _common(process: CommandParser) -> CommandParser:
+def _serving(process: CommandParser) -> CommandParser:
     """Options of daemons that mount something."""
     common = CommandParser(add_help=False, parents=[process])
     common.add_argument(
@@ -94,6 +93,12 @@ def _common(process: CommandParser) -> CommandParser:
         "-D", "--localfs-dir", type=Path, metavar="<localfs-dir>",
         help="Directory with the blobs, which also holds the cache",
     )  # fmt: skip
+    return common
+
+
+def _common(serving: CommandParser) -> CommandParser:
+    """Options of daemons that mount something where they are told to."""
+    common = CommandParser(add_help=False, parents=[serving])
     common.add_argument(
         "-M", "--mountpoint", type=Path, required=True, metavar="<mountpoint>",
         help="Existing directory to mount at",
@@ -101,26 +106,10 @@ def _common(process: CommandParser) -> CommandParser:
     return common
 
 
-def _add_transport(parser: CommandParser) -> None:
-    """Add how images get to the kernel."""
-    ways = parser.add_mutually_exclusive_group()
-    ways.add_argument(
-        "--transport", choices=[str(way) for way in Transport], default=Transport.AUTO,
-        metavar="<transport>",
-        help="How images get to the kernel: fanotify (EROFS, lazily; root, Linux 6.14), nbd"
-        " (EROFS, lazily, from a block device; root, Linux 6.4), fuse (lazily, for every user),"
-        " eager (EROFS, complete files first), auto (the first of fanotify, nbd, fuse that works)"
-        " [default: auto]",
-    )  # fmt: skip
-    ways.add_argument(
-        "--eager", dest="transport", action="store_const", const=Transport.EAGER,
-        default=Transport.AUTO, help="Short for --transport eager",
-    )  # fmt: skip
-
-
 def _parser() -> CommandParser:
     process = _process()
-    common = _common(process)
+    serving = _serving(process)
+    common = _common(serving)
     parser = CommandParser(
         prog="nydusd",
         description="Serve container images to the kernel's EROFS, fetching what is read",
@@ -139,6 +128,12 @@ def _parser() -> CommandParser:
         " mounted is the kernel's EROFS",
     )  # fmt: skip
     _add_fuse(fuse)
+    virtiofs = commands.add_parser(
+        "virtiofs", parents=[serving], help="serve images to one virtual machine",
+        description="Serve images and directories to a virtual machine, which mounts them by"
+        " virtio-fs: one private tree, exported by the system's virtiofsd",
+    )  # fmt: skip
+    add_virtiofs(virtiofs)
     singleton = commands.add_parser(
         "singleton", parents=[process], help="serve the kernel's cachefiles, mount nothing",
         description="Serve the API, and to the kernel's cachefiles what clients register",
@@ -176,12 +171,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _add_erofs(parser: CommandParser) -> None:
-    parser.set_defaults(parser=parser, check=_check_erofs, options=_erofs_options)
+    parser.set_defaults(parser=parser, check=check_source, options=_erofs_options)
     parser.add_argument(
         "-B", "--bootstrap", type=Path, required=True, metavar="<bootstrap>",
         help="File path of RAFS filesystem metadata",
     )  # fmt: skip
-    _add_transport(parser)
+    add_transport(parser)
     parser.add_argument(
         "--directio", action="store_true", help="Read cached data past the page cache"
     )
@@ -196,73 +191,25 @@ _WITHOUT_EFFECT = {
 
 
 def _add_fuse(parser: CommandParser) -> None:
-    parser.set_defaults(parser=parser, check=_check_fuse, options=_fuse_options)
-    parser.add_argument(
-        "-B", "--bootstrap", type=Path, metavar="<bootstrap>",
-        help="File path of RAFS filesystem metadata, to be mounted at the mount point itself",
-    )  # fmt: skip
-    parser.add_argument(
-        "-s", "--shared-dir", type=Path, metavar="<shared-dir>",
-        help="Directory to pass through, in place of a bootstrap",
-    )  # fmt: skip
-    parser.add_argument(
-        "--prefetch-files", type=Path, metavar="<prefetch-files>",
-        help="List of files and directories to prefetch, one a line, in place of the bootstrap's",
-    )  # fmt: skip
-    parser.add_argument(
-        "-m", "--virtual-mountpoint", type=virtual_path, default=ROOT,
-        metavar="<virtual-mountpoint>",
-        help="Path below the mount point for the bootstrap or the directory [default: /]",
-    )  # fmt: skip
+    parser.set_defaults(parser=parser, check=check_filesystem, options=_fuse_options)
+    add_filesystem(parser)
     parser.add_argument(
         "--writable", action="store_true",
         help="Write to the directory, or over the image as its configuration's overlay says",
     )  # fmt: skip
-    _add_transport(parser)
+    add_transport(parser)
     add_names(parser)
     parser.add_argument(
         "--upgrade", action="store_true",
         help="Wait until the API says to take over from the daemon that serves this mount point",
     )  # fmt: skip
     for name, reason in _WITHOUT_EFFECT.items():
-        aliases = (name, "--thread-num") if name == "--fuse-threads" else (name,)
-        parser.add_argument(
-            *aliases, dest="ignored" + name, metavar="<value>", help=f"No effect: {reason}"
-        )
-
-
-def _check_erofs(arguments: argparse.Namespace) -> None:
-    """Refuse words that do not go together, with status 2, before anything is done."""
-    parser: CommandParser = arguments.parser
-    if arguments.config is not None and arguments.localfs_dir is not None:
-        conflict(parser, "config", "localfs-dir")
-    if arguments.bootstrap is not None and not (arguments.config or arguments.localfs_dir):
-        missing(parser, "--config <config> or --localfs-dir <localfs-dir>")
-
-
-def _check_fuse(arguments: argparse.Namespace) -> None:
-    _check_erofs(arguments)
-    check_names(arguments)
-    if arguments.bootstrap is not None and arguments.shared_dir is not None:
-        conflict(arguments.parser, "bootstrap", "shared-dir")
-    if arguments.prefetch_files is not None and arguments.bootstrap is None:
-        missing(arguments.parser, "--bootstrap <bootstrap>")
-
-
-def _config(arguments: argparse.Namespace) -> DaemonConfig | None:
-    if arguments.localfs_dir is not None:
-        directory = arguments.localfs_dir
-        if not directory.is_dir():
-            raise ConfigError("not a directory", path=directory)
-        return DaemonConfig(LocalFsConfig(dir=directory), directory)
-    if arguments.config is None:
-        return None
-    config = load_config(arguments.config)
-    return replace(config, backend=with_environment(config.backend, os.environ))
+        aliases = ("--thread-num",) if name == "--fuse-threads" else ()
+        add_ignored(parser, name, reason, *aliases)
 
 
 def _erofs_options(arguments: argparse.Namespace) -> NodeOptions:
-    config = _config(arguments)
+    config = daemon_config(arguments)
     return NodeOptions(
         arguments.mountpoint,
         bootstrap=arguments.bootstrap,
@@ -278,32 +225,12 @@ def _erofs_options(arguments: argparse.Namespace) -> NodeOptions:
 
 
 def _fuse_options(arguments: argparse.Namespace) -> NodeOptions:
-    config = _config(arguments)
-    for name, reason in _WITHOUT_EFFECT.items():
-        if getattr(arguments, "ignored" + name) is not None:
-            logger.info("%s has no effect: %s", name, reason)
-    if config is not None and arguments.prefetch_files is not None:
-        config = replace(config, prefetch_files=read_prefetch_file(arguments.prefetch_files))
-    if arguments.writable and arguments.bootstrap and config and config.overlay is None:
+    tell_ignored(arguments, _WITHOUT_EFFECT)
+    options = filesystem_options(arguments, arguments.mountpoint)
+    config = options.config
+    if arguments.writable and options.bootstrap and config and config.overlay is None:
         raise ConfigError("overlay: missing, --writable needs its upper_dir and work_dir")
-    return NodeOptions(
-        arguments.mountpoint,
-        bootstrap=arguments.bootstrap,
-        config=config,
-        shared_dir=arguments.shared_dir,
-        virtual=arguments.virtual_mountpoint,
-        writable=arguments.writable,
-        id=arguments.id,
-        supervisor=_supervisor(arguments),
-        environment=os.environ,
-        transport=Transport(arguments.transport),
-        holder=True,
-        exit_leaves=True,
-    )
-
-
-def _supervisor(arguments: argparse.Namespace) -> str | None:
-    return str(arguments.supervisor) if arguments.supervisor is not None else None
+    return replace(options, writable=arguments.writable, holder=True, exit_leaves=True)
 
 
 def _set_open_files(wanted: int) -> None:
@@ -355,7 +282,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     if manager.present:
         # It restarts what was killed: the holder does not have to.
         options = replace(options, restart=())
-    daemon = NodeDaemon(replace(options, progress=progress.show))
+    options = replace(options, progress=progress.show)
+    daemon = _node(options, arguments)
     # Looked at before the API server replaces the socket.
     waits = options.exit_leaves and (arguments.upgrade or _predecessor_crashed(arguments))
     with ExitStack() as stack:
@@ -364,6 +292,16 @@ def _serve(arguments: argparse.Namespace) -> int:
 
             stack.callback(MetricsServer(arguments.prometheus, daemon).close)
         return _run(daemon, arguments, manager, waits=waits, progress=progress)
+
+
+def _node(options: NodeOptions, arguments: argparse.Namespace) -> NodeDaemon:
+    if arguments.command != "virtiofs":
+        return NodeDaemon(options)
+    # Imported here: few daemons are this one.
+    from fscache.virtiofs import VirtiofsDaemon, enter_private_tree
+
+    enter_private_tree(options.mountpoint)
+    return VirtiofsDaemon(options, arguments.sock)
 
 
 def _run(

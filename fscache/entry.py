@@ -30,6 +30,7 @@ class NodeOptions:
         virtual: the path below the mount point for either of them.
         writable: bound directories can be written to, and images that have an overlay
             configuration; else nothing can.
+        follow: bound directories show what is mounted in them, also later; see `mount_bind`.
         id: name of the instance, as clients gave it.
         environment: adds to the configuration of images that are mounted later.
         transport: how all images are mounted.
@@ -46,6 +47,7 @@ class NodeOptions:
     shared_dir: Path | None = None
     virtual: str = ROOT
     writable: bool = False
+    follow: bool = False
     id: str | None = None
     supervisor: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)

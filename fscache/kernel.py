@@ -42,11 +42,13 @@ __all__ = [
     "fsmount",
     "fsopen",
     "make_private",
+    "make_slaves",
     "move_mount",
     "open_tree",
     "read_log",
     "umount",
     "unshare_directory",
+    "unshare_mounts",
 ]
 
 FAN_CLOEXEC = 0x1
@@ -80,10 +82,12 @@ _OPEN_TREE_FLAGS = 1 | os.O_CLOEXEC
 _AT_EMPTY_PATH = 0x1000
 _AT_RECURSIVE = 0x8000
 _MS_PRIVATE = 1 << 18
+_MS_SLAVE = 1 << 19
 # struct mount_attr: attributes to set and to clear, propagation, user namespace.
 _MOUNT_ATTR = struct.Struct("=QQQQ")
 _LOG_LINE_BYTES = 4096
 _CLONE_FS = 0x200
+_CLONE_NEWNS = 0x20000
 
 
 class _Numbers(NamedTuple):
@@ -246,6 +250,13 @@ def make_private(mount: int, attributes: int) -> None:
     _call("mount_setattr", number, mount, b"", _AT_EMPTY_PATH, words, len(words))
 
 
+def make_slaves(top: Path) -> None:
+    """Let the mount at a directory, and all below it, follow changes elsewhere and tell of none."""
+    words = _MOUNT_ATTR.pack(0, 0, _MS_SLAVE, 0)
+    number = _numbers().mount_setattr
+    _call(str(top), number, AT_FDCWD, _text(top), _AT_RECURSIVE, words, len(words))
+
+
 def umount(target: Path, flags: int) -> None:
     """Unmount what is on top of `target` (`MNT_DETACH`: lazily, `UMOUNT_NOFOLLOW`: no links)."""
     if _libc().umount2(_text(target), flags) < 0:
@@ -255,6 +266,15 @@ def umount(target: Path, flags: int) -> None:
 
 def unshare_directory() -> None:
     """Give the calling thread, and threads that it starts, a working directory of their own."""
-    if _libc().unshare(_CLONE_FS) < 0:
+    _unshare(_CLONE_FS)
+
+
+def unshare_mounts() -> None:
+    """Give the calling thread, and what it starts, a copy of the mount namespace."""
+    _unshare(_CLONE_NEWNS)
+
+
+def _unshare(flags: int) -> None:
+    if _libc().unshare(flags) < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), "unshare")

@@ -421,7 +421,12 @@ class NodeDaemon(Lifecycle):
                 self.unmount(path)
             self._require_free(path)
             with self._nest.place(path, host_directories(source)) as directory:
-                bind = mount_bind(source, directory, read_only=not self.options.writable)
+                bind = mount_bind(
+                    source,
+                    directory,
+                    read_only=not self.options.writable,
+                    follow=self.options.follow,
+                )
                 self._table[path] = self._kept(path, bind, "bind", source)
 
     def _require_free(self, path: str) -> None:

@@ -92,17 +92,27 @@ def mount_tmpfs(mountpoint: Path) -> PlainMount:
     return PlainMount(mountpoint)
 
 
-def mount_bind(source: Path, mountpoint: Path, *, read_only: bool = False) -> PlainMount:
+def mount_bind(
+    source: Path, mountpoint: Path, *, read_only: bool = False, follow: bool = False
+) -> PlainMount:
     """Bind a directory; raise `MountError`.
 
     What is mounted on it later does not appear at the source.
+
+    Args:
+        source: the directory.
+        mountpoint: where it appears.
+        read_only: nothing can be written there.
+        follow: what is mounted in the source appears, too, also later if the source's own
+            mount tells others (or has done so before this namespace was split off).
     """
     try:
         if not stat.S_ISDIR(source.stat().st_mode):
             raise MountError("not a directory", errno.ENOTDIR, path=source)
-        mount = kernel.open_tree(source)
+        mount = kernel.open_tree(source, recursive=follow)
         try:
-            kernel.make_private(mount, kernel.MOUNT_ATTR_RDONLY if read_only else 0)
+            if read_only or not follow:
+                kernel.make_private(mount, kernel.MOUNT_ATTR_RDONLY if read_only else 0)
             kernel.move_mount(mount, mountpoint)
         finally:
             os.close(mount)

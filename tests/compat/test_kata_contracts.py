@@ -1,6 +1,7 @@
 """What VM runtimes and the snapshotter ask of the programs (spec vm-runtimes 7.3: K3, K4, K6, K7).
 
-K3 and K4 with `nydusd fuse`: the same API and the same two kinds of mounts as Kata's daemon has.
+K3 and K4 with `nydusd fuse`: the same API and the same two kinds of mounts as Kata's daemon has,
+which is in tests/integration/test_virtiofs.py.
 """
 
 import hashlib
@@ -8,89 +9,31 @@ import io
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
-from builder import BuildOptions, build
 from kata import KataVirtualVolume, parse_verity
 from kata.guest import PASSTHROUGH_MOUNTPOINT, SHARED, image_mountpoint, overlay_storage
 from kata.mounts import Disk, disk_volumes
 from tests.capabilities import requires
+from tests.fakes.kata_runtime import CHECKOUT, SECONDS, Daemon, image_request, passthrough_request
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-SECONDS = 60
 LOG = ("--log-level", "info")
 FILE = b"of the image\n" * 1000
 
 
-class Daemon:
-    """A nydusd, asked as Kata does: one connection for each request, by hand."""
-
-    def __init__(self, directory, *words):
-        self.sock = directory / "nydusd-api.sock"
-        self.log = directory / "nydusd.log"
-        command = [sys.executable, "-m", "fscache", *words, "--apisock", self.sock]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=CHECKOUT, stdout=log, stderr=log)
-
-    def ask(self, method, target, body=None):
-        """Send raw HTTP and return status, headers and body."""
-        data = b"" if body is None else json.dumps(body).encode()
-        head = f"{method} {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(SECONDS)
-            connection.connect(str(self.sock))
-            connection.sendall(f"{head}Connection: close\r\n\r\n".encode() + data)
-            answer = b"".join(iter(lambda: connection.recv(65536), b""))
-        head, _, body = answer.partition(b"\r\n\r\n")
-        return int(head.split()[1]), head, body
-
-    def wait(self):
-        """Poll as Kata does until the daemon says that it runs."""
-        for _ in range(SECONDS * 20):
-            assert self.process.poll() is None, self.log.read_text()
-            try:
-                status, _, body = self.ask("GET", "/api/v1/daemon")
-            except OSError:
-                time.sleep(0.05)
-                continue
-            if status == 200 and json.loads(body)["state"] == "RUNNING":
-                return json.loads(body)
-        pytest.fail(f"does not run\n{self.log.read_text()}")
-
-    def end(self):
-        self.process.terminate()
-        self.process.wait(SECONDS)
-
-
 @pytest.fixture
 def image(tmp_path):
-    """A bootstrap and the configuration for it."""
+    """A bootstrap and the configuration for it, as a request."""
     source = tmp_path / "source"
     (source / "bin").mkdir(parents=True)
     (source / "file").write_bytes(FILE)
-    blobs = tmp_path / "blobs"
-    blobs.mkdir()
-    build(source, BuildOptions(bootstrap=tmp_path / "image.boot", blob_dir=blobs))
-    config = {
-        "device": {
-            "backend": {"type": "localfs", "config": {"dir": str(blobs)}},
-            "cache": {"type": "blobcache", "config": {"work_dir": str(tmp_path / "cache")}},
-        },
-        "mode": "direct",
-    }
-    return {
-        "fs_type": "rafs",
-        "source": str(tmp_path / "image.boot"),
-        "config": json.dumps(config),
-    }
+    return image_request(source, tmp_path)
 
 
 @pytest.fixture
@@ -99,7 +42,7 @@ def shared(tmp_path):
     for name in ("fs", "work"):
         (tmp_path / "shared/c1/snapshotdir" / name).mkdir(parents=True)
     (tmp_path / "shared/c1/rootfs").mkdir()
-    return {"fs_type": "passthrough_fs", "source": str(tmp_path / "shared"), "config": ""}
+    return passthrough_request(tmp_path / "shared")
 
 
 @pytest.fixture

@@ -9,7 +9,14 @@ from typing import NamedTuple
 from vmlab.frames import PORT_NAME
 from vmlab.processes import need
 
-__all__ = ["KERNEL_ARGUMENTS", "Disk", "Hardware", "base_command", "machine_command"]
+__all__ = [
+    "KERNEL_ARGUMENTS",
+    "Disk",
+    "Hardware",
+    "SharedTree",
+    "base_command",
+    "machine_command",
+]
 
 # What makes a guest start sooner, and end when it must: a kernel that has lost its mind cannot be
 # asked for a command's status.
@@ -20,10 +27,14 @@ KERNEL_ARGUMENTS = (
 
 
 class Disk(NamedTuple):
-    """A raw image or an `nbd:` or `nbd+unix:` address that the guest reads as `/dev/vdb` and on."""
+    """An image or an `nbd:` or `nbd+unix:` address that the guest reads as `/dev/vdb` and on.
+
+    `format` is QEMU's name of what is in the file: `raw`, `vmdk`.
+    """
 
     source: str
     serial: str = ""
+    format: str = "raw"
 
     @classmethod
     def parse(cls, text: str) -> Disk:
@@ -32,13 +43,26 @@ class Disk(NamedTuple):
         return cls(source, serial)
 
 
+class SharedTree(NamedTuple):
+    """A virtio-fs that somebody serves at a vhost-user socket, and its name in the guest."""
+
+    tag: str
+    socket: Path
+
+
 class Hardware(NamedTuple):
-    """What a guest gets; `accelerator` is `auto`, `kvm` or `tcg`."""
+    """What a guest gets.
+
+    `pmem` are files that the guest has as `/dev/pmem0` and on, and may write to; their sizes are
+    multiples of 2 MiB. `accelerator` is `auto`, `kvm` or `tcg`.
+    """
 
     memory_mib: int = 1024
     cpus: int = 2
     scratch_mib: int = 2048
     disks: tuple[Disk, ...] = ()
+    pmem: tuple[Path, ...] = ()
+    shares: tuple[SharedTree, ...] = ()
     accelerator: str = "auto"
     kernel_arguments: tuple[str, ...] = ()
 
@@ -61,21 +85,33 @@ def base_command(accelerator: str) -> list[str]:
             "-display", "none", "-nic", "none"]  # fmt: skip
 
 
-def _drive(name: str, source: str, options: str, serial: str) -> list[str]:
-    device = f"virtio-blk-pci,drive={name}" + (f",serial={_escape(serial)}" if serial else "")
-    drive = f"file={_escape(source)},format=raw,if=none,id={name},aio=threads{options}"
-    return ["-drive", drive, "-device", device]
+def _drive(name: str, disk: Disk, options: str) -> list[str]:
+    serial = f",serial={_escape(disk.serial)}" if disk.serial else ""
+    drive = f"file={_escape(disk.source)},format={disk.format},if=none,id={name},aio=threads"
+    device = f"virtio-blk-pci,drive={name}{serial}"
+    return ["-drive", f"{drive}{options}", "-device", device]
 
 
-def _share(socket: Path | None, memory_mib: int) -> list[str]:
-    if socket is None:
-        return ["-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,"
-                "multidevs=remap"]  # fmt: skip
+def _memory(hardware: Hardware, *, shared: bool) -> list[str]:
+    """Return the memory, which virtiofsd has to have too, and the persistent one beside it."""
+    sizes = [path.stat().st_size for path in hardware.pmem]
+    more = f",slots={len(sizes)},maxmem={hardware.memory_mib + (sum(sizes) >> 20) + 1024}M"
+    words = ["-m", f"{hardware.memory_mib}M{more if sizes else ''}"]
+    if shared:
+        size = f"{hardware.memory_mib}M"
+        words += ["-object", f"memory-backend-memfd,id=memory,size={size},share=on",
+                  "-numa", "node,memdev=memory"]  # fmt: skip
+    for number, (path, bytes_) in enumerate(zip(hardware.pmem, sizes, strict=True)):
+        backend = f"id=mem{number},share=on,mem-path={_escape(os.fspath(path))},size={bytes_}"
+        words += ["-object", f"memory-backend-file,{backend}",
+                  "-device", f"virtio-pmem-pci,memdev=mem{number}"]  # fmt: skip
+    return words
+
+
+def _share(name: str, tree: SharedTree) -> list[str]:
     return [
-        "-object", f"memory-backend-memfd,id=memory,size={memory_mib}M,share=on",
-        "-numa", "node,memdev=memory",
-        "-chardev", f"socket,id=share,path={_escape(os.fspath(socket))}",
-        "-device", "vhost-user-fs-pci,chardev=share,tag=host",
+        "-chardev", f"socket,id={name},path={_escape(os.fspath(tree.socket))}",
+        "-device", f"vhost-user-fs-pci,chardev={name},tag={_escape(tree.tag)}",
     ]  # fmt: skip
 
 
@@ -98,18 +134,24 @@ def machine_command(
         share: virtiofsd's socket; None: QEMU shares the root itself, over 9p.
         port: inherited descriptor of a connected socket, the agent's channel.
     """
-    drives = _drive("scratch", os.fspath(directory / "scratch"), ",cache=unsafe", "")
+    devices = _drive("scratch", Disk(os.fspath(directory / "scratch")), ",cache=unsafe")
     for number, disk in enumerate(hardware.disks):
-        drives += _drive(f"disk{number}", disk.source, ",read-only=on", disk.serial)
+        devices += _drive(f"disk{number}", disk, ",read-only=on")
+    for number, tree in enumerate(hardware.shares):
+        devices += _share(f"share{number}", tree)
+    if share is None:
+        devices += ["-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,"
+                    "multidevs=remap"]  # fmt: skip
+    else:
+        devices += _share("share", SharedTree("host", share))
     return [
-        *base_command(accelerator),
-        "-m", f"{hardware.memory_mib}M", "-smp", str(hardware.cpus),
+        *base_command(accelerator), "-smp", str(hardware.cpus),
+        *_memory(hardware, shared=share is not None or bool(hardware.shares)),
         "-kernel", os.fspath(kernel), "-initrd", os.fspath(directory / "initramfs"),
         "-append", " ".join((*KERNEL_ARGUMENTS, *hardware.kernel_arguments)),
         "-serial", f"file:{directory / 'console'}",
         "-device", "virtio-serial-pci",
         "-chardev", f"socket,id=agent,fd={port}",
         "-device", f"virtserialport,chardev=agent,name={PORT_NAME}",
-        *_share(share, hardware.memory_mib),
-        *drives,
+        *devices,
     ]  # fmt: skip

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from vmlab import kvm, qemu
-from vmlab.qemu import Disk, Hardware, machine_command
+from vmlab.qemu import Disk, Hardware, SharedTree, machine_command
 from vmlab.store import StoredKernel
 
 
@@ -46,6 +46,31 @@ def test_disks_are_read_only_and_their_names_are_no_options():
     devices = [value for name, value in words(Hardware(disks=disks)) if name == "-device"]
     assert "virtio-blk-pci,drive=disk0,serial=x,,y" in devices
     assert "virtio-blk-pci,drive=disk1" in devices
+
+
+def test_disks_of_other_formats():
+    pairs = words(Hardware(disks=(Disk("/a.vmdk", format="vmdk"),)))
+    drives = [value for name, value in pairs if name == "-drive"]
+    assert drives[1].startswith("file=/a.vmdk,format=vmdk,")
+
+
+def test_trees_that_others_serve_need_the_memory_too():
+    tree = SharedTree("kataShared", Path("/s,t"))
+    pairs = words(Hardware(memory_mib=300, shares=(tree,)))
+    assert ("-object", "memory-backend-memfd,id=memory,size=300M,share=on") in pairs
+    assert ("-chardev", "socket,id=share0,path=/s,,t") in pairs
+    assert ("-device", "vhost-user-fs-pci,chardev=share0,tag=kataShared") in pairs
+    assert [pair for pair in pairs if pair[0] == "-virtfs"]
+
+
+def test_persistent_memory(tmp_path):
+    file = tmp_path / "pmem"
+    file.write_bytes(bytes(2 << 20))
+    pairs = words(Hardware(memory_mib=300, pmem=(file,)))
+    assert ("-m", "300M,slots=1,maxmem=1326M") in pairs
+    backend = f"memory-backend-file,id=mem0,share=on,mem-path={file},size={2 << 20}"
+    assert ("-object", backend) in pairs
+    assert ("-device", "virtio-pmem-pci,memdev=mem0") in pairs
 
 
 def test_kernel_arguments_come_last():

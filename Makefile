@@ -35,7 +35,7 @@ demo: install ## build a real root filesystem, mount it lazily, run programs fro
 .PHONY: test
 test: install ## all tests that need no other machine; kernel tests when root
 	@.ci/packages erofs-utils attr acl libcap2-bin e2fsprogs tar \
-		fuse3 cryptsetup-bin fdisk qemu-utils busybox-static
+		fuse3 cryptsetup-bin fdisk openssl qemu-utils busybox-static
 	@$(PYTEST) --ignore=tests/real --ignore=tests/vm $(PYTEST_ARGS)
 
 .PHONY: test-long

@@ -10,9 +10,10 @@ from builder.backends import blob_directory
 from builder.cli.common import Progress, number
 from builder.errors import BuildError
 from builder.export import ExportOptions, ExportResult, VerityOptions, export_block
-from builder.report import write_report
+from builder.output import write_file
+from builder.report import REPORT_MODE, write_report
 from erofs.console import package_version
-from erofs.verity import NYDUS_FILLER
+from erofs.verity import NYDUS_FILLER, HashTree
 from fscache.backend import Backend, open_backend
 
 if TYPE_CHECKING:
@@ -60,6 +61,22 @@ def add_words(parser: CommandParser) -> None:
         " 'nydus' gives the original tool's bytes, which veritysetup refuses",
     )  # fmt: skip
     parser.add_argument(
+        "--signing-key", metavar="<signing-key>", type=Path,
+        help="Private key in PEM to sign the root hash with; needs --verity and --signing-cert",
+    )  # fmt: skip
+    parser.add_argument(
+        "--signing-cert", metavar="<signing-cert>", type=Path, help="Certificate of that key in PEM"
+    )
+    parser.add_argument(
+        "--signature", metavar="<signature>", type=Path,
+        help="File path of the signature, PKCS#7 in DER [default: <output>.p7s]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--referrer", metavar="<layout[@reference]>",
+        help="OCI layout with the image, to write root hash and signature into as its referrer;"
+        " needs --verity; the reference is a name or digest",
+    )  # fmt: skip
+    parser.add_argument(
         "-J", "--output-json", metavar="<output-json>", type=Path,
         help="File path to save operation result in JSON format",
     )  # fmt: skip
@@ -72,8 +89,53 @@ def _threads(text: str) -> int:
     return count
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """End with status 2 for words that need others."""
+    error = arguments.parser.error
+    if (arguments.signing_key is None) != (arguments.signing_cert is None):
+        error("--signing-key and --signing-cert are needed together")
+    if arguments.signature is not None and arguments.signing_key is None:
+        error("--signature needs --signing-key")
+    if not arguments.verity and (arguments.signing_key or arguments.referrer):
+        error("--signing-key and --referrer need --verity")
+
+
+class _Vouching:
+    """What is done with a root hash beside printing it; all that can fail early has not failed."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._signer = self._subject = None
+        self._target: Path | None = arguments.signature
+        if arguments.signing_key is not None:
+            from builder.roothash import RootHashSigner
+
+            self._signer = RootHashSigner(arguments.signing_key, arguments.signing_cert)
+        if arguments.referrer is not None:
+            from builder.ocilayout import Layout
+
+            directory, at, reference = arguments.referrer.partition("@")
+            layout = Layout(Path(directory))
+            self._subject = layout, layout.find(reference if at else None)
+
+    def vouch(self, disk: Path, tree: HashTree) -> dict[str, object]:
+        """Write signature and referrer; return what to report of them."""
+        signature: bytes | None = None
+        report: dict[str, object] = {}
+        if self._signer is not None:
+            signature = self._signer.sign(tree.root)
+            target = self._target or disk.with_name(f"{disk.name}.p7s")
+            report["signature"] = str(write_file(target, signature, REPORT_MODE))
+        if self._subject is not None:
+            from builder.referrer import add_verity_referrer
+
+            report["referrer"] = add_verity_referrer(*self._subject, tree, signature).digest
+        return report
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Export, print how to open the hash tree, and write the report."""
+    _check(arguments)
+    vouching = _Vouching(arguments)
     bootstrap, output, backend = _source(arguments)
     progress = Progress("exporting")
     try:
@@ -90,11 +152,13 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         progress.end()
         backend.close()
+    vouched: dict[str, object] = {}
     if result.tree is not None:
         # Callers read this from the first byte of standard output (spec vm-runtimes 3.4).
         print(f"dm-verity options: {result.tree.options()}")
+        vouched = vouching.vouch(result.disk, result.tree)
     if arguments.output_json is not None:
-        write_report(arguments.output_json, _report(bootstrap, result))
+        write_report(arguments.output_json, _report(bootstrap, result) | vouched)
     return 0
 
 

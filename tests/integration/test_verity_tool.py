@@ -46,7 +46,7 @@ def flip(path, place):
 
 @pytest.mark.parametrize("block_size", [512, 4096])
 @pytest.mark.parametrize("blocks", SIZES)
-def test_tree_is_the_one_that_veritysetup_makes(tmp_path, veritysetup, block_size, blocks):
+def test_v1_tree_is_the_one_that_veritysetup_makes(tmp_path, veritysetup, block_size, blocks):
     tree = make(tmp_path / "disk", blocks, TreeFormat(block_size))
     content = (tmp_path / "disk").read_bytes()
     data, area = tmp_path / "data", tmp_path / "area"
@@ -63,7 +63,7 @@ def test_tree_is_the_one_that_veritysetup_makes(tmp_path, veritysetup, block_siz
 @pytest.mark.parametrize("block_size", [512, 4096])
 @pytest.mark.parametrize("superblock", [False, True])
 @pytest.mark.parametrize("salt", [b"", bytes(32)])
-def test_printed_words_verify_the_disk(tmp_path, veritysetup, block_size, superblock, salt):
+def test_v2_printed_words_verify_the_disk(tmp_path, veritysetup, block_size, superblock, salt):
     path = tmp_path / "disk"
     form = TreeFormat(block_size, salt=salt, superblock=superblock, uuid=b"u" * 16)
     tree = make(path, 300, form)
@@ -78,7 +78,7 @@ def test_printed_words_verify_the_disk(tmp_path, veritysetup, block_size, superb
     assert veritysetup("verify", path, path, *words[:-1], "0" * 64).returncode != 0
 
 
-def test_superblock_says_what_veritysetup_reads(tmp_path, veritysetup):
+def test_v3_superblock_says_what_veritysetup_reads(tmp_path, veritysetup):
     path = tmp_path / "disk"
     form = TreeFormat(512, salt=bytes(32), superblock=True, uuid=bytes(range(16)))
     tree = make(path, 300, form)
@@ -131,6 +131,14 @@ def test_large_disk_of_zeros_takes_neither_time_nor_memory(tmp_path):
     root, kibibytes = done.stdout.split()
     assert root == digest.hex()
     assert int(kibibytes) < 16 << 10
+
+
+@pytest.mark.long
+def test_disk_of_100_gib(tmp_path):
+    """Its tree has 811 MiB, which reaches the disk but not the memory."""
+    words = [sys.executable, "-c", _SPARSE, tmp_path / "disk", str(100 << 30)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=100)
+    assert int(done.stdout.split()[1]) < 32 << 10
 
 
 def test_tree_of_a_disk_with_holes(tmp_path, veritysetup):

@@ -1,0 +1,245 @@
+"""Signed root hashes and their OCI referrers; OpenSSL judges the signatures."""
+
+import hashlib
+import json
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from builder.cli import main
+from builder.errors import BuildError
+from builder.ocilayout import Descriptor, Layout, json_bytes
+from builder.referrer import ARTIFACT_TYPE, ROOT_HASH, add_verity_referrer
+from builder.roothash import RootHashSigner
+from erofs.errors import FormatError, IntegrityError, UnsupportedFeature
+from erofs.verity import HashTree, TreeFormat
+from tests.capabilities import need_tool
+
+ROOT = hashlib.sha256(b"root").digest()
+TREE = HashTree(TreeFormat(4096), 300, 300 * 4096, ROOT)
+MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+
+
+def openssl(*words, status=0):
+    done = subprocess.run(
+        [need_tool("openssl"), *map(str, words)], capture_output=True, timeout=60, check=False
+    )
+    assert (done.returncode == 0) == (status == 0), done.stderr
+    return done
+
+
+def make_key(directory, name, *algorithm):
+    key, cert = directory / f"{name}.key", directory / f"{name}.crt"
+    words = ["req", "-x509", "-nodes", "-subj", f"/CN={name}", "-keyout", key, "-out", cert]
+    openssl(*words, *algorithm)
+    return key, cert
+
+
+@pytest.fixture(scope="module", params=["rsa", "ec"])
+def pair(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("keys")
+    algorithm = {
+        "rsa": ("-newkey", "rsa:2048"),
+        "ec": ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
+    }
+    return make_key(directory, request.param, *algorithm[request.param])
+
+
+def verify(signature, text, certificate, directory, status=0):
+    """Verify as the kernel does: with a certificate that it has, over the hex text."""
+    (directory / "content").write_bytes(text)
+    (directory / "sig").write_bytes(signature)
+    openssl(
+        "smime", "-verify", "-inform", "der", "-in", directory / "sig", "-binary",
+        "-content", directory / "content", "-certfile", certificate, "-nointern", "-noverify",
+        status=status,
+    )  # fmt: skip
+
+
+def test_openssl_verifies_the_signature(pair, tmp_path):
+    key, certificate = pair
+    signature = RootHashSigner(key, certificate).sign(ROOT)
+    verify(signature, ROOT.hex().encode(), certificate, tmp_path)
+    verify(signature, ROOT.hex().upper().encode(), certificate, tmp_path, status=1)
+    _, other = make_key(tmp_path, "other", "-newkey", "rsa:2048")
+    verify(signature, ROOT.hex().encode(), other, tmp_path, status=1)
+
+
+def test_it_has_neither_content_nor_certificate_nor_attributes(pair, tmp_path):
+    """The kernel refuses authenticated attributes of such signatures."""
+    key, certificate = pair
+    (tmp_path / "sig").write_bytes(RootHashSigner(key, certificate).sign(ROOT))
+    shown = openssl("cms", "-cmsout", "-print", "-inform", "der", "-in", tmp_path / "sig")
+    lines = [line.strip() for line in shown.stdout.decode().splitlines()]
+    assert "eContent: <ABSENT>" in lines
+    assert lines[lines.index("certificates:") + 1] == "<ABSENT>"
+    assert lines[lines.index("signedAttrs:") + 1] == "<ABSENT>"
+
+
+def test_an_rsa_signature_is_always_the_same(tmp_path):
+    signer = RootHashSigner(*make_key(tmp_path, "k", "-newkey", "rsa:2048"))
+    assert signer.sign(ROOT) == signer.sign(ROOT)
+
+
+def test_keys_that_cannot_be(tmp_path):
+    key, certificate = make_key(tmp_path, "one", "-newkey", "rsa:2048")
+    _, stranger = make_key(tmp_path, "two", "-newkey", "rsa:2048")
+    edwards, _ = make_key(tmp_path, "ed", "-newkey", "ed25519")
+    locked = tmp_path / "locked"
+    openssl("pkcs8", "-topk8", "-in", key, "-out", locked, "-passout", "pass:x")
+    cases = [
+        (tmp_path / "nowhere", certificate, "No such file or directory"),
+        (certificate, certificate, "is no private key in PEM"),
+        (key, key, "is no certificate in PEM"),
+        (key, stranger, "not that of the key"),
+        (edwards, certificate, "expected RSA or elliptic curve"),
+        (locked, certificate, "passphrase"),
+    ]
+    for one, other, text in cases:
+        with pytest.raises(BuildError, match=text) as caught:
+            RootHashSigner(one, other)
+        assert "PRIVATE" not in str(caught.value)
+
+
+@pytest.fixture
+def layout(tmp_path):
+    """A layout with one image, which has a name."""
+    top = tmp_path / "layout"
+    (top / "blobs/sha256").mkdir(parents=True)
+    (top / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
+    (top / "index.json").write_text('{"schemaVersion":2,"manifests":[],"other":"kept"}')
+    made = Layout(top)
+    image = made.write(json_bytes({"schemaVersion": 2, "layers": []}), MANIFEST)
+    named = {"org.opencontainers.image.ref.name": "latest"}
+    made.add(Descriptor(image.media_type, image.digest, image.size, named))
+    return made
+
+
+def test_a_referrer_carries_root_hash_and_signature(layout):
+    subject = layout.find("latest")
+    referrer = add_verity_referrer(layout, subject, TREE, b"signature")
+    manifest = layout.read(referrer)
+    assert manifest["subject"] == {
+        "mediaType": MANIFEST, "digest": subject.digest, "size": subject.size
+    }  # fmt: skip
+    assert manifest["artifactType"] == ARTIFACT_TYPE
+    config = Descriptor.from_json(manifest["config"])
+    assert layout.check(config).read_bytes() == b"{}"
+    verity, signature = map(Descriptor.from_json, manifest["layers"])
+    assert json.loads(layout.check(verity).read_bytes()) == TREE.as_json()
+    assert layout.check(signature).read_bytes() == b"signature"
+    assert signature.media_type == "application/pkcs7-signature"
+    assert manifest["annotations"] == {ROOT_HASH: ROOT.hex()}
+    # It is listed, and nobody takes it for the image.
+    assert layout.entries()[-1] == referrer
+    assert layout.find() == subject
+    assert json.loads((layout.path / "index.json").read_text())["other"] == "kept"
+
+
+def test_the_same_referrer_twice_is_one(layout):
+    first = add_verity_referrer(layout, layout.find(), TREE)
+    before = (layout.path / "index.json").read_bytes()
+    assert add_verity_referrer(layout, layout.find(), TREE) == first
+    assert (layout.path / "index.json").read_bytes() == before
+    # Without a signature there is none.
+    assert len(layout.read(first)["layers"]) == 1
+
+
+def test_two_writers_of_an_index(layout):
+    trees = [TREE._replace(root=bytes([number]) * 32) for number in range(8)]
+    threads = [
+        threading.Thread(target=add_verity_referrer, args=(layout, layout.find(), tree))
+        for tree in trees
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(layout.entries()) == 1 + len(trees)
+
+
+def test_a_subject_that_is_no_image(layout):
+    with pytest.raises(UnsupportedFeature, match="subject that is no image"):
+        add_verity_referrer(layout, Descriptor.of(b"", "text/plain"), TREE)
+
+
+def test_images_of_a_layout(layout):
+    image = layout.find()
+    assert layout.find(image.digest) == image
+    with pytest.raises(BuildError, match="images called v9: expected 1, got 0"):
+        layout.find("v9")
+    layout.add(layout.write(b'{"schemaVersion":2}', MANIFEST))
+    with pytest.raises(BuildError, match="images: expected 1, got 2"):
+        layout.find()
+
+
+def test_content_that_is_not_what_it_is_called(layout):
+    image = layout.find()
+    path = layout.blob(image)
+    path.write_bytes(path.read_bytes() + b" ")
+    for method in (layout.read, layout.check):
+        with pytest.raises(IntegrityError, match="length"):
+            method(image)
+    path.write_bytes(b"x" * image.size)
+    for method in (layout.read, layout.check):
+        with pytest.raises(IntegrityError, match="SHA-256"):
+            method(image)
+    path.unlink()
+    for method in (layout.read, layout.check):
+        with pytest.raises(BuildError, match="No such file"):
+            method(image)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("oci-layout", "{}"),
+        ("oci-layout", '{"imageLayoutVersion":"2.0"}'),
+        ("oci-layout", "["),
+        ("index.json", "[]"),
+        ("index.json", '{"manifests":{}}'),
+        ("index.json", '{"manifests":[3]}'),
+        ("index.json", '{"manifests":[{"mediaType":"x","size":1}]}'),
+        ("index.json", '{"manifests":[{"mediaType":"x","digest":"sha256:../../x","size":1}]}'),
+        ("index.json", '{"manifests":[{"mediaType":"x","digest":"sha256:%s","size":-1}]}'),
+        ("index.json", "[" * 100_000),
+        ("index.json", " " * (5 << 20)),
+    ],
+)
+def test_layouts_that_are_none(layout, name, text):
+    (layout.path / name).write_text(text.replace("%s", "0" * 64))
+    with pytest.raises(FormatError):
+        Layout(layout.path).entries()
+
+
+def test_the_command_line(layout, tmp_path, capsys):
+    source, blobs = tmp_path / "source", tmp_path / "blobs"
+    source.mkdir()
+    blobs.mkdir()
+    (source / "file").write_bytes(b"content" * 1000)
+    boot, report = tmp_path / "image.boot", tmp_path / "report.json"
+    assert main(["create", "-B", str(boot), "-D", str(blobs), str(source)]) == 0
+    key, certificate = make_key(tmp_path, "k", "-newkey", "rsa:2048")
+    words = ["export", "--block", "-B", str(boot), "-D", str(blobs), "-O", str(tmp_path / "disk")]
+    signing = ["--signing-key", str(key), "--signing-cert", str(certificate)]
+    vouching = [*signing, "--referrer", f"{layout.path}@latest", "-J", str(report)]
+    assert main([*words, "--verity", *vouching]) == 0
+    root = capsys.readouterr().out.split()[-1]
+    said = json.loads(report.read_text())
+    assert said["signature"] == str(tmp_path / "disk.p7s")
+    signature = Path(said["signature"]).read_bytes()
+    verify(signature, root.encode(), certificate, tmp_path)
+    referrer = layout.entries()[-1]
+    assert (referrer.digest, referrer.annotations) == (said["referrer"], {ROOT_HASH: root})
+    for wrong in (signing, ["--verity", *signing[:2]], ["--verity", "--signature", "x"],
+                  ["--referrer", "x"]):  # fmt: skip
+        with pytest.raises(SystemExit) as caught:
+            main([*words, *wrong])
+        assert caught.value.code == 2
+    # What cannot be done is found out before the disk is written.
+    (tmp_path / "disk").unlink()
+    assert main([*words, "--verity", "--referrer", f"{layout.path}@v9"]) == 1
+    assert main([*words, "--verity", "--signing-key", "x", "--signing-cert", "y"]) == 1
+    assert not (tmp_path / "disk").exists()

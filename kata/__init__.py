@@ -1,7 +1,7 @@
 """What snapshotters and Kata Containers tell each other: options, volumes, mount lists, disks.
 
-Nothing here mounts or starts anything. Stands on `erofs` alone.
-Source: spec vm-runtimes 2 and 3.
+Nothing here mounts or starts anything. Stands on `erofs` alone, but for bundles (`kata.bundle`),
+which are built. Source: spec vm-runtimes 2 and 3.
 """
 
 from kata.errors import OptionError

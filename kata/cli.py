@@ -1,4 +1,4 @@
-"""The command line of `kata`: volumes and options for VM runtimes (docs/kata.md).
+"""The command line of `kata`: volumes, options and bundles for VM runtimes (docs/kata.md).
 
 Options may hold credentials: they are read from files or standard input, never from arguments.
 """
@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from erofs.console import CommandParser, package_version
 from erofs.errors import NydusError
@@ -138,6 +138,46 @@ def _add_make(commands: argparse._SubParsersAction[CommandParser]) -> None:
     parser.set_defaults(run=_make)
 
 
+def _platform(text: str) -> tuple[str, str]:
+    system, slash, architecture = text.partition("/")
+    if not system or not slash or not architecture:
+        raise argparse.ArgumentTypeError(f"expected OS/ARCHITECTURE, got {text!r}")
+    return system, architecture
+
+
+def _bundle(arguments: argparse.Namespace) -> None:
+    # Imported here: it brings the whole builder along.
+    from kata.bundle import BundleOptions, make_bundle
+
+    options = BundleOptions(arguments.reference, arguments.platform, arguments.place)
+    disk = make_bundle(arguments.source, arguments.output, options)
+    print(disk.verity.root_hash)
+
+
+def _add_bundle(groups: argparse._SubParsersAction[CommandParser]) -> None:
+    text = "make everything that a microVM platform needs of one image"
+    parser = groups.add_parser("bundle", help=text, description=f"{text}; prints the root hash")
+    parser.add_argument(
+        "source", type=Path, metavar="LAYOUT|DIR",
+        help="OCI layout with a Nydus or plain image, or folder with bootstrap and blobs",
+    )  # fmt: skip
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT", help="folder to make"
+    )
+    parser.add_argument(
+        "--reference", metavar="NAME|DIGEST", help="which image of the layout, if not the only one"
+    )
+    parser.add_argument(
+        "--platform", type=_platform, default=("linux", "amd64"), metavar="OS/ARCHITECTURE",
+        help="which image of an index [default: linux/amd64]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--place", type=PurePosixPath, metavar="DIR",
+        help="where the bundle will be on hosts [default: /var/lib/kata/bundles/<root hash>]",
+    )  # fmt: skip
+    parser.set_defaults(run=_bundle)
+
+
 def _parser() -> CommandParser:
     parser = CommandParser(prog="kata", description="Contracts with Kata Containers.")
     parser.add_argument("-V", "--version", action="version", version=f"kata {package_version()}")
@@ -145,6 +185,7 @@ def _parser() -> CommandParser:
     volume = groups.add_parser("volume", help="virtual volumes and extraoptions")
     commands = volume.add_subparsers(title="Commands", metavar="COMMAND", required=True)
     _add_make(commands)
+    _add_bundle(groups)
     reading = CommandParser(add_help=False)
     reading.add_argument(
         "file", metavar="FILE", help="text or JSON that holds options; - for standard input"

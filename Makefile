@@ -51,7 +51,7 @@ test-real: install ## containers by containerd and nydus-snapshotter; needs root
 .PHONY: test-vm
 test-vm: install ## tests in virtual machines under other kernels, which Debian has; best as root
 	@.ci/packages qemu-system-x86 qemu-system-common busybox-static kmod zstd lz4 e2fsprogs \
-		qemu-utils cryptsetup-bin dmsetup
+		qemu-utils cryptsetup-bin dmsetup fdisk
 	@vm-images/run --fetch || echo "some kernels could not be made; what needs them says so" >&2
 	@$(PYTEST) tests/vm $(PYTEST_ARGS)
 

@@ -17,7 +17,8 @@ class Kernel(NamedTuple):
 
     `metapackages` are tried in this order; the first that leads to a version of `series` is taken.
     `boot_modules` are loaded before there is a root, with all that they depend on, as far as they
-    are modules; `rebuilt` ones replace Debian's and are loaded as well.
+    are modules; `rebuilt` ones replace Debian's and are loaded as well. `config` names the
+    configuration of a kernel that is built from Debian's source.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Kernel(NamedTuple):
     share: str
     boot_modules: tuple[str, ...]
     rebuilt: tuple[str, ...] = ()
+    config: str = ""
 
 
 _BOOT = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "overlay")
@@ -61,6 +63,15 @@ KERNELS = {
             ("linux-image-cloud-amd64",),
             VIRTIOFS,
             _CLOUD,
+        ),
+        Kernel(
+            "guest",
+            "small, all built in, with DM_INIT, as VM runtimes have it",
+            "6.12",
+            _CLOUD_6_12,
+            VIRTIOFS,
+            (),
+            config="guest",
         ),
     )
 }

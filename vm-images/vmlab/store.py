@@ -22,6 +22,7 @@ from vmlab.catalogue import Kernel
 from vmlab.debian import KernelPackage, download, find_kernel_package, show_depends, unpack
 from vmlab.processes import need, run
 from vmlab.rebuild import RECIPES, rebuild
+from vmlab.source import build_kernel, fragment
 from vmlab.vmlinux import unpack_kernel
 
 __all__ = ["Say", "StoredKernel", "fetch", "find", "kernels_directory", "size_bytes"]
@@ -59,7 +60,9 @@ def kernels_directory() -> Path:
 
 
 def _recipe(kernel: Kernel) -> str:
-    parts = [_FORMAT, kernel.rebuilt, [RECIPES[name] for name in kernel.rebuilt]]
+    parts: list[object] = [_FORMAT, kernel.rebuilt, [RECIPES[name] for name in kernel.rebuilt]]
+    if kernel.config:
+        parts.append(fragment(kernel.config))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
 
 
@@ -117,6 +120,8 @@ def fetch(kernel: Kernel, say: Say) -> StoredKernel:
 
 
 def _packages(kernel: Kernel, package: KernelPackage) -> list[str]:
+    if kernel.config:
+        return [f"linux-source-{kernel.series}={package.version}"]
     names = [f"{package.name}={package.version}"]
     if kernel.rebuilt:
         headers = f"linux-headers-{package.release}"
@@ -156,15 +161,10 @@ def _prepare(kernel: Kernel, package: KernelPackage, directory: Path, say: Say) 
     files = download(_packages(kernel, package), packages)
     say(f"unpacking {len(files)} packages")
     unpack(files, root)
-    tree = _module_tree(root, release)
-    if kernel.rebuilt:
-        say(f"building {' and '.join(kernel.rebuilt)}")
-        _replace_modules(tree, rebuild(root, release, kernel.rebuilt))
-    say("unpacking the kernel")
-    run([need("depmod", "kmod"), "--basedir", root, release])
-    unpack_kernel(root / f"boot/vmlinuz-{release}", entry / "vmlinux")
-    (root / f"boot/config-{release}").rename(entry / "config")
-    tree.rename(entry / "modules")
+    if kernel.config:
+        release = _build(kernel, root, entry, say)
+    else:
+        _take(kernel, release, root, entry, say)
     record = {
         "kernel": kernel.name,
         "release": release,
@@ -174,6 +174,30 @@ def _prepare(kernel: Kernel, package: KernelPackage, directory: Path, say: Say) 
     (entry / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
     os.sync()
     return entry
+
+
+def _build(kernel: Kernel, root: Path, entry: Path, say: Say) -> str:
+    """Build a kernel of its own, which has no modules; return its release."""
+    say("building the kernel, which takes minutes")
+    built = build_kernel(root, kernel.config)
+    built.vmlinux.rename(entry / "vmlinux")
+    built.config.rename(entry / "config")
+    (entry / "modules").mkdir()
+    (entry / "modules/modules.dep").touch()
+    return built.release
+
+
+def _take(kernel: Kernel, release: str, root: Path, entry: Path, say: Say) -> None:
+    """Take Debian's kernel, with its modules and those that are built anew."""
+    tree = _module_tree(root, release)
+    if kernel.rebuilt:
+        say(f"building {' and '.join(kernel.rebuilt)}")
+        _replace_modules(tree, rebuild(root, release, kernel.rebuilt))
+    say("unpacking the kernel")
+    run([need("depmod", "kmod"), "--basedir", root, release])
+    unpack_kernel(root / f"boot/vmlinuz-{release}", entry / "vmlinux")
+    (root / f"boot/config-{release}").rename(entry / "config")
+    tree.rename(entry / "modules")
 
 
 def size_bytes(directory: Path) -> int:

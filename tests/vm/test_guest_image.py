@@ -1,0 +1,114 @@
+"""Guest images boot by their kernel command line (V12 of spec vm-runtimes 7.4), and bundles too.
+
+The kernel is the lab's `guest`, which has everything built in: there is no initramfs.
+"""
+
+import os
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from builder import BuildOptions, build
+from guestimage.image import ImageOptions, make_image
+from guestimage.layout import MIB, Table
+from guestimage.rootfs import make_filesystem
+from kata.bundle import make_bundle
+from tests.capabilities import need_tool
+from vmlab.catalogue import KERNELS
+from vmlab.qemu import base_command
+from vmlab.store import find
+
+KERNEL = "guest"
+READY = "guest image ready: "
+SECONDS = 180
+APPLETS = ("sh", "mount", "mkdir", "chmod", "cat")
+ARGUMENTS = "console=ttyS0 panic=-1 mitigations=off "
+
+
+@pytest.fixture(scope="module")
+def kernel(guests):
+    guests.need(KERNEL)
+    return find(KERNELS[KERNEL])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The least of a root: busybox, which is a static program."""
+    top = tmp_path_factory.mktemp("guest-source")
+    (top / "bin").mkdir()
+    (top / "etc").mkdir()
+    shutil.copy(need_tool("busybox"), top / "bin/busybox")
+    for name in APPLETS:
+        (top / "bin" / name).symlink_to("busybox")
+    (top / "etc/os-release").write_text('PRETTY_NAME="a guest"\n')
+    return top
+
+
+def boot(kernel, line, disk, until):
+    """Boot with a disk, and return what the console says up to a text, or until the end."""
+    words = [
+        *base_command("tcg"), "-m", "256M", "-kernel", kernel.vmlinux, "-append",
+        f"{ARGUMENTS}{line}", "-serial", "stdio",
+        "-drive", f"file={disk},format=raw,if=none,id=d,read-only=on",
+        "-device", "virtio-blk-pci,drive=d",
+    ]  # fmt: skip
+    output, deadline = b"", time.monotonic() + SECONDS
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=-1) as process:
+        while until.encode() not in output and time.monotonic() < deadline:
+            if not select.select([process.stdout], [], [], 1)[0]:
+                continue
+            data = os.read(process.stdout.fileno(), 1 << 16)
+            if not data:
+                break
+            output += data
+        # The rest of the line.
+        time.sleep(0.5)
+        process.kill()
+        output += process.stdout.read()
+    return output.decode(errors="replace")
+
+
+@pytest.mark.parametrize("table", list(Table))
+def test_v12_a_measured_root(kernel, source, tmp_path, table):
+    line = make_image(source, tmp_path, ImageOptions(table=table))
+    output = boot(kernel, line, tmp_path / "guest.img", READY)
+    assert f"{READY}a guest; root /dev/root erofs ro" in output, output[-3000:]
+    assert "device-mapper: init: " in output
+    # A byte of the filesystem's first block is enough.
+    with (tmp_path / "guest.img").open("r+b") as file:
+        file.seek(MIB + 1030)
+        file.write(b"\xff")
+    output = boot(kernel, line, tmp_path / "guest.img", "Kernel panic")
+    assert "data block 0 is corrupted" in output
+    assert READY not in output
+    assert "Unable to mount root fs" in output
+
+
+def test_an_unmeasured_root(kernel, source, tmp_path):
+    line = make_image(source, tmp_path, ImageOptions(measured=False))
+    output = boot(kernel, line, tmp_path / "guest.img", READY)
+    assert f"{READY}a guest; root /dev/root erofs ro" in output, output[-3000:]
+
+
+def test_v12_the_disk_of_a_bundle(kernel, source, tmp_path):
+    """Its command line is for a kernel that has the image as its root."""
+    work = tmp_path / "work"
+    work.mkdir()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    blobs = folder / "blobs"
+    blobs.mkdir()
+    shutil.copytree(source, work / "root", symlinks=True)
+    for name in ("dev", "proc", "run", "sbin", "sys", "tmp"):
+        (work / "root" / name).mkdir()
+    init = Path(make_filesystem.__code__.co_filename).with_name("init")
+    shutil.copy(init, work / "root/sbin/init")
+    build(work / "root", BuildOptions(bootstrap=folder / "image.boot", blob_dir=blobs))
+    make_bundle(folder, tmp_path / "out")
+    line = (tmp_path / "out/kernel.cmdline").read_text().strip()
+    output = boot(kernel, line, tmp_path / "out/image.disk", READY)
+    assert f"{READY}a guest; root /dev/root erofs ro" in output, output[-3000:]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from erofs.console import CommandParser
 from fscache.backend import LocalFsConfig
-from fscache.cli_words import conflict, missing, threads
+from fscache.cli_words import add_names, check_names, conflict, missing, threads
 from fscache.config import ConfigError, DaemonConfig, load
 from fscache.environment import with_environment
 
@@ -43,11 +43,13 @@ def add_nbd(parser: CommandParser) -> None:
         "--threads", type=threads, default=4, metavar="<threads>",
         help="Threads that serve requests, and connections of the device [default: 4]",
     )  # fmt: skip
+    add_names(parser)
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """End with status 2 for words that do not go together."""
     parser: CommandParser = arguments.parser
+    check_names(arguments)
     if arguments.device is None and arguments.socket is None:
         missing(parser, "<DEVICE> or --socket <socket>")
     for name in ("bootstrap", "localfs_dir"):
@@ -85,5 +87,6 @@ def nbd_options(arguments: argparse.Namespace) -> NbdOptions:
         device=arguments.device,
         socket=arguments.socket,
         threads=arguments.threads,
-        id=name,
+        id=arguments.id or name,
+        supervisor=str(arguments.supervisor) if arguments.supervisor is not None else None,
     )

@@ -55,7 +55,7 @@ class NbdOptions:
         socket: a path.
         threads: that answer, and connections of the device.
         id: name of the instance.
-        supervisor: there is none for such a daemon.
+        supervisor: told to those who ask; the kernel keeps the device for a successor.
     """
 
     bootstrap: Path

@@ -1,5 +1,7 @@
 """Disks over NBD beside those that the real tool exported: the same bytes."""
 
+import hashlib
+import re
 import threading
 
 import pytest
@@ -9,13 +11,14 @@ from builder.backends import blob_directory
 from builder.export import export_block
 from erofs import open_bootstrap
 from fscache.nbd.disk import read_disk_plan, tar_disk
-from tests.compat.test_made_by_nydus_image import expected_files
+from tests.compat.test_made_by_nydus_image import MADE, commands, expected_files
 from tests.fixtures_path import needs_fixtures
 
 pytestmark = needs_fixtures
 
 SIMPLE = ["tar-none", "tar-zstd", "tar-lz4", "tar-toc", "tar-big-16m", "tar-big-64k-lz4",
-          "batch-64k-zstd", "batch-4k-zstd", "batch-l1-toc", "dir-zstd"]  # fmt: skip
+          "batch-64k-zstd", "batch-4k-zstd", "batch-l1-toc", "dir-zstd", "encrypt-zstd",
+          "encrypt-batch"]  # fmt: skip
 
 
 def lay_out(case, folder):
@@ -59,6 +62,16 @@ def test_disk_of_tarfs_of_the_real_tool(tmp_path):
 @pytest.mark.parametrize("case", SIMPLE)
 def test_disks_of_the_real_tools_blobs_are_those_of_export(case, served, tmp_path):
     lay_out(case, tmp_path)
+    export_block(tmp_path / "boot", tmp_path / "disk", blob_directory(tmp_path))
+    assert served(tmp_path / "boot") == (tmp_path / "disk").read_bytes()
+
+
+@pytest.mark.parametrize("case", ["zran-big-64k", "zran-multi-member", "estargz-ref"])
+def test_disks_of_original_layers(case, served, tmp_path):
+    lay_out(case, tmp_path)
+    (name,) = re.findall(r"\S+\.tar\.gz", commands(case)[0][0])
+    layer = (MADE / "cases" / name.removeprefix("../")).resolve().read_bytes()
+    (tmp_path / hashlib.sha256(layer).hexdigest()).write_bytes(layer)
     export_block(tmp_path / "boot", tmp_path / "disk", blob_directory(tmp_path))
     assert served(tmp_path / "boot") == (tmp_path / "disk").read_bytes()
 

@@ -7,6 +7,7 @@ from fscache.backend import LocalFsConfig, open_backend
 from fscache.backend.retry import RetryPolicy
 from fscache.demand import Demand
 from fscache.fetcher import Fetcher, FetcherOptions
+from fscache.layer import open_reader
 from fscache.metrics import CacheMetrics
 from fscache.nbd.disk import Slice, image_disk, read_disk_plan
 from fscache.nbd.serving import read_file
@@ -29,7 +30,7 @@ class DiskRig:
         self.fd = os.open(bootstrap, os.O_RDONLY)
         self.stop = threading.Event()
         self.blobs = [
-            self.domain.acquire(plan, reader(self.backend.open(plan.entry.id)), self.metrics, RETRY)
+            self.domain.acquire(plan, reader(open_reader(self.backend, plan)), self.metrics, RETRY)
             for plan in read_plan(bootstrap).blobs
         ]
         plan = read_disk_plan(bootstrap)

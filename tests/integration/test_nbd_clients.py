@@ -252,7 +252,7 @@ def test_other_ways_to_name_an_image(serving, image, disk):
     sock = serving.directory / "sock"
     daemon = serving.nydusd(
         "nbd", "--socket", sock, "-B", image.bootstrap, "-D", image.blob_dir, "--threads", "1",
-        "-A", serving.directory / "api",
+        "-A", serving.directory / "api", "--id", "me", "--supervisor", serving.directory / "nobody",
     )  # fmt: skip
     daemon.wait_for("-> RUNNING")
     client = NbdClient.connect(sock, structured=True)
@@ -261,7 +261,8 @@ def test_other_ways_to_name_an_image(serving, image, disk):
     client.close()
     api = ["curl", "--silent", "--unix-socket", serving.directory / "api"]
     told = json.loads(run(*api, "http://localhost/api/v1/daemon"))
-    assert told["state"] == "RUNNING"
+    names = (told["state"], told["id"], told["supervisor"])
+    assert names == ("RUNNING", "me", str(serving.directory / "nobody"))
     run(*api, "-X", "PUT", "http://localhost/api/v1/daemon/exit")
     assert daemon.end() == 0
 

@@ -218,6 +218,7 @@ ENTRY = {"type": "bootstrap", "id": "name", "domain_id": ""}
         (["/dev/nbd0", "-C", "entry", "-B", "boot"], 2, "cannot be used with"),
         (["/dev/nbd0", "-C", "entry", "-D", "."], 2, "cannot be used with"),
         (["/dev/nbd0", "--threads", "0", "-C", "entry"], 2, "from 1 to 1024"),
+        (["/dev/nbd0", "-C", "entry", "--id", "name"], 2, "--supervisor <supervisor>"),
         (["/dev/nbd0", "-B", "boot", "-D", "missing"], 1, "not a directory"),
         (["/dev/nbd0", "-C", "missing"], 1, "cannot be read"),
         (["/dev/nbd0", "-C", "entry"], 1, "metadata_path: missing"),

@@ -12,6 +12,7 @@ from builder.backends import blob_directory
 from builder.export import export_block
 from builder.merge import MergeOptions
 from erofs import open_bootstrap
+from erofs.cipher import BlobCipher
 from erofs.errors import CorruptStructure, NydusError, OutOfBounds, UnsupportedFeature
 from erofs.layout import DEVICE_TABLE_OFFSET
 from erofs.rafs import Compressor
@@ -80,8 +81,10 @@ def test_disk_is_that_of_export(tmp_path, rigs, compressor, chunk_size):
 
 @pytest.mark.parametrize("batch_size", [0, 0x40000])
 @pytest.mark.parametrize("compressor", [Compressor.NONE, Compressor.LZ4_BLOCK])
-def test_chunks_that_no_file_has_are_there_too(tmp_path, rigs, compressor, batch_size):
-    bootstrap = merged(tmp_path, compressor=compressor, chunk_size=0x100000, batch_size=batch_size)
+@pytest.mark.parametrize("encryption", [None, BlobCipher.generate()], ids=["plain", "encrypted"])
+def test_chunks_that_no_file_has_are_there_too(tmp_path, rigs, compressor, batch_size, encryption):
+    options = {"batch_size": batch_size, "encryption": encryption}
+    bootstrap = merged(tmp_path, compressor=compressor, chunk_size=0x100000, **options)
     rig = rigs(bootstrap)
     expected = exported(bootstrap)
     assert GONE in expected

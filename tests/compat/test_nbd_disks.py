@@ -1,7 +1,9 @@
 """Disks over NBD beside those that the real tool exported: the same bytes."""
 
 import hashlib
+import os
 import re
+import tarfile
 import threading
 
 import pytest
@@ -10,8 +12,10 @@ from fakes.nbd_rig import RETRY, DiskRig, read
 from builder.backends import blob_directory
 from builder.export import export_block
 from erofs import open_bootstrap
-from fscache.nbd.disk import read_disk_plan, tar_disk
+from fscache.bootfile import mountable_bootstrap
+from fscache.nbd.disk import UnusedSource, read_disk_plan, tar_disk
 from tests.compat.test_made_by_nydus_image import MADE, commands, expected_files
+from tests.fakes.disk_files import files_of
 from tests.fixtures_path import needs_fixtures
 
 pytestmark = needs_fixtures
@@ -27,16 +31,21 @@ def lay_out(case, folder):
 
 
 @pytest.fixture
-def served(tmp_path):
+def served_rig(tmp_path):
     rigs = []
 
     def serve(bootstrap):
         rigs.append(DiskRig(bootstrap, tmp_path / "work"))
-        return read(rigs[0].disk)
+        return rigs[-1]
 
     yield serve
     for rig in rigs:
         rig.close()
+
+
+@pytest.fixture
+def served(served_rig):
+    return lambda bootstrap: read(served_rig(bootstrap).disk)
 
 
 @pytest.mark.parametrize("case", ["export-block", "export-block-zstd"])
@@ -74,6 +83,27 @@ def test_disks_of_original_layers(case, served, tmp_path):
     (tmp_path / hashlib.sha256(layer).hexdigest()).write_bytes(layer)
     export_block(tmp_path / "boot", tmp_path / "disk", blob_directory(tmp_path))
     assert served(tmp_path / "boot") == (tmp_path / "disk").read_bytes()
+
+
+def test_files_of_rafs_v5(served_rig, tmp_path):
+    """Translated, as they are mounted; what is between its chunks nobody knows, nor reads."""
+    lay_out("tar-v5", tmp_path)
+    disk = served_rig(mountable_bootstrap(tmp_path / "boot", tmp_path)).disk
+    data, unused = b"", 0
+    for part in disk.parts(0, disk.size):
+        if isinstance(part.source, UnusedSource):
+            data += bytes(part.length)
+            unused += part.length
+        else:
+            data += read(disk, len(data), part.length)
+    assert unused
+    with tarfile.open(MADE / "inputs/l2.tar.gz") as archive:
+        expected = {
+            os.fsencode(os.path.normpath(entry.name)): archive.extractfile(entry).read()
+            for entry in archive
+            if entry.isreg() or entry.islnk()
+        }
+    assert files_of(data) == expected
 
 
 def test_disk_of_merged_layers(served, tmp_path):

@@ -46,7 +46,6 @@ __all__ = ["BlobMap"]
 DIGEST_BYTES = 32
 
 _UNSUPPORTED_FEATURES = (
-    BlobFeatures.TARFS,
     BlobFeatures.EXTERNAL,
     # Its indexes and sizes mean nothing: `fscache.dictionary` has to put others in their place.
     BlobFeatures.IS_CHUNKDICT_GENERATED,
@@ -183,7 +182,7 @@ class BlobMap:
         places: what the blob's own table says, for blobs of contexts.
 
     Raises:
-        FormatError: naming blob and chunk; `UnsupportedFeature` for tarfs and external blobs.
+        FormatError: naming blob and chunk; `UnsupportedFeature` for external blobs.
     """
 
     def __init__(
@@ -202,6 +201,8 @@ class BlobMap:
         self.data = StoredData(entry)
         self.is_encrypted = entry.cipher != Cipher.NONE
         self.digester = Digester(entry.digester)
+        # The pieces of a tar have none.
+        self.has_digests = not entry.features & BlobFeatures.TARFS
         self.known_count = len(rows)
         self.known = bytearray(self.chunk_count)
         self.compressed = bytearray(self.chunk_count)

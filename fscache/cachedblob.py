@@ -6,6 +6,7 @@ No threads and no waiting here; who fetches what and when is `fscache.fetcher`'s
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ __all__ = ["CachedBlob", "Unpacker"]
 
 logger = logging.getLogger(__name__)
 
+_SHA256 = re.compile("[0-9a-f]{64}")
 # How far to be ahead of a sequential reader: enough to have requests under way all the time.
 AHEAD_CHUNKS = 4
 AHEAD_BYTES = 4 << 20
@@ -71,6 +73,8 @@ class Unpacker:
 
 
 def _check_digest(table: BlobMap, position: int, data: bytes | memoryview) -> None:
+    if not table.has_digests:
+        return
     expected = table.digest(position)
     got = digest(table.digester, data)
     if got != expected:
@@ -117,6 +121,9 @@ class CachedBlob:
         self._users = 0
         self._closed = False
         self._completed = False
+        # Of a tar: whether it has the digest that it is named by; the map on disk does not tell.
+        self._is_verified = blob_map.has_digests
+        self._wrong_digest = ""
         metrics.add_file(cache.path.name, chunks.ready_count)
 
     @classmethod
@@ -296,6 +303,7 @@ class CachedBlob:
 
         Raises `CodecError`, `IntegrityError`, `CacheError`.
         """
+        self._require_trust()
         table = unpacker.table
         with error_context(blob=self.blob_id, chunk=position):
             try:
@@ -322,10 +330,11 @@ class CachedBlob:
     def sync(self) -> None:
         """Make ready chunks durable, and tell `on_complete` when those are all; once.
 
-        Raises `CacheError`.
+        Raises `CacheError`, and `IntegrityError` for a complete tar that is a wrong one.
         """
         with self.in_use():
-            if not self.chunks.sync(self.cache):
+            self._check_whole()
+            if not self.chunks.sync(self.cache) or not self._is_verified:
                 return
             with self._lock:
                 if self._completed:
@@ -335,6 +344,38 @@ class CachedBlob:
             logger.info("blob %s is complete", self.blob_id)
             if self._on_complete is not None:
                 self._on_complete()
+
+    def _check_whole(self) -> None:
+        """Verify a complete blob whose chunks have no digests.
+
+        When it is wrong nothing of it is ready any more, and no read of it succeeds.
+        """
+        self._require_trust()
+        if self._is_verified or not self.chunks.is_complete:
+            return
+        if not _SHA256.fullmatch(self.blob_id):
+            logger.warning("blob %s cannot be verified: it is not named by a digest", self.blob_id)
+            self._is_verified = True
+            return
+        found = self.cache.sha256(self.map.entry.compressed_size)
+        if found == self.blob_id:
+            self._is_verified = True
+            return
+        self._wrong_digest = found
+        self.metrics.digest_failure()
+        self.metrics.add_chunks(self.cache.path.name, -self.chunks.ready_count)
+        self.chunks.forget()
+        self._require_trust()
+
+    def _require_trust(self) -> None:
+        """Raise `IntegrityError` when the blob turned out to be another one."""
+        if self._wrong_digest:
+            raise IntegrityError(
+                "blob does not have the digest that it is named by",
+                blob=self.blob_id,
+                expected=self.blob_id,
+                got=self._wrong_digest,
+            )
 
     @property
     def wants_sync(self) -> bool:

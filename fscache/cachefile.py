@@ -7,6 +7,7 @@ a directory without a mark and stays open, so that own writes raise no events (o
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import stat
@@ -25,6 +26,7 @@ __all__ = ["DATA_SUFFIX", "CacheError", "CacheFile", "publish", "read_whole", "r
 logger = logging.getLogger(__name__)
 DATA_SUFFIX = ".blob.data"
 _ZEROS = bytes(BLOCK_SIZE)
+_PIECE_BYTES = 1 << 20
 
 
 class CacheError(NydusError):
@@ -235,6 +237,16 @@ class CacheFile:
                 "cache file ends early", path=self.path, offset=offset, expected=len(view),
                 got=count,
             )  # fmt: skip
+
+    def sha256(self, length: int) -> str:
+        """Return the SHA-256 of the first bytes, in hex; raise `CacheError`."""
+        found = hashlib.sha256()
+        buffer = memoryview(bytearray(min(length, _PIECE_BYTES)))
+        for start in range(0, length, _PIECE_BYTES):
+            piece = buffer[: length - start]
+            self.read_into(start, piece)
+            found.update(piece)
+        return found.hexdigest()
 
     def sync(self) -> None:
         """Make everything that was written durable; raise `CacheError`."""

@@ -246,6 +246,23 @@ class ChunkMap:
         with self._lock:
             return self._pending.pop(position)
 
+    def forget(self) -> None:
+        """Make every chunk missing again, also on disk: what was written turned out wrong.
+
+        Only when none is pending. Raises `CacheError`.
+        """
+        with self._sync_lock:
+            with self._lock:
+                self._ready = bytearray(1 - byte for byte in self._known)
+                self._ready_count = 0
+                self._unsynced = []
+            try:
+                self._path.unlink(missing_ok=True)
+            except OSError as error:
+                raise CacheError.of(
+                    "cannot remove the chunk map", error, path=self._path
+                ) from error
+
     def sync(self, data: CacheFile) -> bool:
         """Make the data durable, then the bits of the chunks that were ready before.
 

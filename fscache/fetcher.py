@@ -429,7 +429,7 @@ class Fetcher:
         except NydusError as error:
             text = str(error)
             if self._sync_errors.get(blob) != text:
-                logger.error("ready chunks are not durable: %s", text)
+                logger.error("ready chunks are not kept: %s", text)
             self._sync_errors[blob] = text
         except Exception:
             # A callback of somebody else must not end the only thread that syncs.

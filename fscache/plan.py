@@ -10,6 +10,7 @@ from erofs import Bootstrap, CorruptStructure, NydusError, error_context, open_b
 from erofs.inlined import blob_ids
 from erofs.rafs import BlobEntry, BlobFeatures, ChunkInfo
 from erofs.view import align_down
+from fscache.tarpieces import in_pieces
 
 __all__ = ["BlobPlan", "ImagePlan", "PlanError", "read_plan"]
 
@@ -20,7 +21,7 @@ class PlanError(NydusError):
 
 @dataclass(frozen=True, slots=True)
 class BlobPlan:
-    """One blob: its table entry, and the chunks of it that files refer to.
+    """One blob: its table entry, and the chunks of it that files refer to; of a tar all pieces.
 
     `tables_id` names the blob with the tables of an original layer, others have none.
     """
@@ -62,15 +63,21 @@ def read_plan(path: Path, named: Path | None = None) -> ImagePlan:
         ids = blob_ids(image, named or path)
         return ImagePlan(
             [
-                BlobPlan(
+                _blob_plan(
                     entry._replace(blob_id=name.encode("ascii", "backslashreplace")),
                     infos,
-                    _tables_id(entry, named or path),
+                    named or path,
                 )
                 for entry, name, infos in zip(image.blobs, ids, chunks, strict=True)
             ],
             image.block_size,
         )
+
+
+def _blob_plan(entry: BlobEntry, chunks: Sequence[ChunkInfo], path: Path) -> BlobPlan:
+    if entry.features & BlobFeatures.TARFS:
+        return BlobPlan(*in_pieces(entry))
+    return BlobPlan(entry, chunks, _tables_id(entry, path))
 
 
 def _tables_id(entry: BlobEntry, path: Path) -> str:

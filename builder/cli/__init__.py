@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
+from typing import NoReturn
 
 from builder.cli.common import logging_words
 from erofs.console import CommandParser, print_version, set_up_logging
@@ -26,9 +30,38 @@ _COMMANDS = {
     " merge small blobs",
     "unpack": "Unpack a RAFS filesystem to a tar file",
 }
+_HELP = "Print this message or the help of the given subcommand(s)"
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: what was begun is taken away."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM interrupt the block, where that can be said: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _help_as_option(words: list[str]) -> list[str]:
+    """Return `help COMMAND` as `COMMAND --help`, also behind `chunkdict`."""
+    place = 1 if words[:1] == ["chunkdict"] else 0
+    if words[place : place + 1] != ["help"]:
+        return words
+    return [*words[:place], *words[place + 1 :], "--help"]
 
 
 def _parser(words: Sequence[str]) -> CommandParser:
@@ -46,12 +79,13 @@ def _parser(words: Sequence[str]) -> CommandParser:
         command = commands.add_parser(name, help=text, description=text, parents=[parent])
         if name in words:
             import_module(f"builder.cli.{name}").add_words(command)
+    commands.add_parser("help", help=_HELP)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    words = sys.argv[1:] if argv is None else argv
+    words = _help_as_option(list(sys.argv[1:] if argv is None else argv))
     arguments = _parser(words).parse_args(words)
     if arguments.version:
         print_version("")
@@ -63,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_logging(
             getattr(arguments, "log_level", "info"), getattr(arguments, "log_file", None)
         )
-        status: int = arguments.run(arguments)
+        with _terminable():
+            status: int = arguments.run(arguments)
         sys.stdout.flush()
         return status
     except NydusError as error:
@@ -77,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"Error: {place}{error.strerror or error}", file=sys.stderr)
         return EXIT_FAILURE
-    except KeyboardInterrupt:
+    except MemoryError:
+        print("Error: out of memory, nothing was left behind", file=sys.stderr)
+        return EXIT_FAILURE
+    except KeyboardInterrupt as stop:
         print("Error: interrupted, nothing was left behind", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)

@@ -35,6 +35,11 @@ COMPRESSORS = {
 DIGESTERS = {"blake3": Digester.BLAKE3, "sha256": Digester.SHA256}
 
 
+def _hexadecimal(text: str) -> int:
+    """Read a number as the real tool does: hexadecimal, `0x` or not."""
+    return number("0x" + text.lower().removeprefix("0x"))
+
+
 def add_options(parser: CommandParser) -> None:
     """Add all options and the source."""
     parser.add_argument(
@@ -91,8 +96,8 @@ def _add_names(parser: CommandParser) -> None:
         "--blob-id", metavar="<blob-id>", help="Name for the generated RAFS data blob"
     )
     parser.add_argument(
-        "--blob-data-size", metavar="<blob-data-size>", type=number,
-        help="Set data blob size for 'estargztoc-ref' conversion",
+        "--blob-data-size", metavar="<blob-data-size>", type=_hexadecimal,
+        help="Set data blob size for 'estargztoc-ref' conversion, in hexadecimal",
     )  # fmt: skip
     parser.add_argument(
         "--blob-meta", metavar="<blob-meta>", type=Path,

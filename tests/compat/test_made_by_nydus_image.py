@@ -27,88 +27,13 @@ from erofs.cipher import BlobCipher
 from erofs.inlined import read_inlined_bootstrap
 from erofs.rafs import Compressor, SuperFlags
 from erofs.view import View
+from tests.compat.made_cases import SAME_BYTES, SAME_BYTES_OF_DIRECTORIES, SAME_REFUSAL
 from tests.fixtures_path import FIXTURES, needs_fixtures
 
 pytestmark = needs_fixtures
 
 MADE = FIXTURES / "made-by-nydus-image"
 CHECKOUT = Path(__file__).resolve().parents[2]
-
-BYTE_EXACT = [
-    "tar-none",
-    "tar-zstd",
-    "tar-lz4",
-    "tar-none-sha256",
-    "tar-zstd-sha256",
-    "tar-chunk4k",
-    "tar-chunk64k",
-    "tar-big-1m",
-    "tar-big-16m",
-    "tar-big-64k-lz4",
-    "tar-toc",
-    "tar-inline",
-    "tar-inline-toc",
-    "tar-inline-toc-lz4",
-    "tar-inline-toc-none",
-    "tar-blob-id",
-    "tar-bootdir",
-    "tar-repeatable",
-    "tar-aligned",
-    "tar-fifo",
-    "targz-rafs",
-    "tar-from-gz-autodetect",
-    "tar-whiteout-none",
-    "tar-whiteout-overlayfs",
-    "tar-nodata",
-    "tar-nodata-inline",
-    "tar-nodata-inline-notoc",
-    "tar-empty-zeroblocks",
-    "tar-gnu",
-    "tar-ustar",
-    "prefetch-fs",
-    "prefetch-fs-root",
-    "prefetch-blob",
-    "prefetch-nodata",
-    "merge-separate",
-    "merge-parent",
-    "merge-mixed-compressor",
-    "tarfs-l2",
-    "tarfs-big",
-    "tarfs-merge-23",
-    "tar-blob-cache",
-    "batch-64k-zstd",
-    "batch-64k-none",
-    "batch-4k-zstd",
-    "batch-1m-lz4-toc",
-    "batch-l1-toc",
-    "chunkdict",
-    "chunkdict-all-hit",
-    "zran",
-    "zran-big",
-    "zran-big-64k",
-    "zran-inline-toc",
-    "zran-l3-inline-toc",
-    "zran-multi-member",
-    "zran-plain-tar",
-    "merge-zran",
-    "estargz-rafs",
-    "estargz-ref",
-]
-
-NEEDS_ROOT = [
-    "dir-zstd",
-    "dir-none-64k",
-    "dir-l2-none",
-    "dir-inline-toc",
-    "dir-prefetch-blob",
-    "dir-repeatable",
-    "dir-sparse-socket",
-    "dir-hardlink-symlink",
-    "dir-overlayfs",
-    "dir-blob-cache",
-    "parent-dir",
-    "parent-dir-3",
-]
 
 # The real tool writes an empty second bootstrap beside each one of a directory; nobody
 # reads it, and we leave it out (docs/compatibility.md).
@@ -237,14 +162,14 @@ def check_reports(case, folder):
             assert events[key] == expected[key], key
 
 
-@pytest.mark.parametrize("case", BYTE_EXACT)
+@pytest.mark.parametrize("case", SAME_BYTES)
 def test_same_bytes(case, workplace):
     check_case(case, workplace)
 
 
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="owners and device nodes need root")
-@pytest.mark.parametrize("case", NEEDS_ROOT)
+@pytest.mark.parametrize("case", SAME_BYTES_OF_DIRECTORIES)
 def test_same_bytes_from_a_directory(case, workplace):
     check_case(case, workplace)
 
@@ -324,12 +249,12 @@ def test_success_is_told_as_the_real_tool_does(workplace):
 
 
 # Where the real tool is wrong and ours does not follow (docs/compatibility.md).
-def run_case(case, workplace):
-    """Run the first command of a case in a folder of its own; return the folder and result."""
-    folder = workplace / "cases" / f"{case}-better"
+def run_case(case, workplace, number=0):
+    """Run a command of a case in a folder of its own; return the folder and result."""
+    folder = workplace / "cases" / f"{case}-better{number or ''}"
     folder.mkdir(parents=True)
     environment = dict(os.environ, PATH=f"{workplace / 'bin'}:{os.environ['PATH']}")
-    line = commands(case)[0][0]
+    line = commands(case)[number][0]
     result = subprocess.run(
         ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True
     )
@@ -357,39 +282,7 @@ def test_entries_without_their_parents(workplace):
         assert {path for path, inode in wrong.walk() if not inode.is_dir} != members
 
 
-ERRORS = [
-    "err-badlink",
-    "err-batch-2000",
-    "err-batch-gt-chunk",
-    "err-batch-v5",
-    "err-chunk-3000",
-    "err-chunk-32m",
-    "err-dir-is-tar",
-    "err-empty-file",
-    "err-external-attr-missing",
-    "err-feature",
-    "err-gzip-compressor",
-    "err-inline-and-bootstrap",
-    "err-merge-count",
-    "err-merge-mixed-chunk-size",
-    "err-merge-none",
-    "err-missing-source",
-    "err-no-args",
-    "err-no-blob-dir",
-    "err-no-output",
-    "err-tar-is-dir",
-    "err-tarfs-blob",
-    "err-tarfs-toc",
-    "err-tarfs-v5",
-    "err-trunc",
-    "err-xattr-bad",
-    "err-zran-blob-id",
-    "err-zran-encrypt",
-    "err-zran-v5",
-]
-
-
-@pytest.mark.parametrize("case", ERRORS)
+@pytest.mark.parametrize("case", SAME_REFUSAL)
 def test_errors_have_the_same_status_and_leave_nothing(case, workplace):
     folder, outputs = replay(case, workplace)
     last = outputs[-1]

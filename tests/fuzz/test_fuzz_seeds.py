@@ -11,9 +11,11 @@ _HERE = Path(__file__).resolve().parent
 _TARGETS = [
     "fuzz_bootstrap",
     "fuzz_blobmeta",
+    "fuzz_gzip",
     "fuzz_nbd",
     "fuzz_tables",
     "fuzz_tar",
+    "fuzz_toc",
     "fuzz_v5",
     "fuzz_zran",
 ]

@@ -13,10 +13,20 @@ import stat
 import pytest
 from capabilities import requires
 from fixtures_path import FIXTURES, needs_fixtures
-from made_images import Truth, check, file_in_batch, make_store, named_blob, place, wrong
+from made_images import (
+    MADE,
+    Truth,
+    check,
+    file_in_batch,
+    load,
+    make_store,
+    named_blob,
+    place,
+    wrong,
+)
 from serving import Built, wait_until, write_config
 
-from erofs import open_bootstrap
+from erofs import IntegrityError, open_bootstrap
 from fscache.backend import LocalFsConfig
 from fscache.config import DaemonConfig
 from fscache.daemon import Daemon, Transport
@@ -65,6 +75,8 @@ SEPARATE = [
     ("zran-big-64k/boot", ["big"]),
     ("zran-multi-member/boot", ["l2"]),
     ("zran-plain-tar/boot", ["l3"]),
+    ("estargz-ref/boot", ["alpine-stargz"]),
+    ("tarfs-big/boot", ["big"]),
 ]
 
 
@@ -82,6 +94,20 @@ def test_separate_bootstraps(serving, store, truth, tmp_path, boot, layers):
     shutil.rmtree(image.blob_dir)
     image.blob_dir.mkdir()
     check(serving, image, truth(*layers))
+
+
+def test_tar_under_a_name_that_is_not_its_digest(serving, store, tmp_path, caplog):
+    """Nobody could tell a damaged one: parts are given, until the whole is known to be another."""
+    name = "2" * 64
+    image = place(tmp_path, store, "tarfs-l2/boot")
+    (image.blob_dir / name).write_bytes(load(MADE / "inputs/l2.tar"))
+    daemon = serving.start(image, transport=Transport.FANOTIFY)
+    # That is all of it: the tar is a small one.
+    assert serving.read(daemon.mountpoint / "wh/added")
+    wait_until(lambda: "digest that it is named by" in caplog.text)
+    serving.read_fails(daemon.mountpoint / "own2")
+    with pytest.raises(IntegrityError, match="digest that it is named by"):
+        serving.start(image, work_dir=tmp_path / "other", transport=Transport.EAGER)
 
 
 INLINED = [
@@ -145,6 +171,7 @@ MERGED = [
         ["l2", "l3"],
         [("l2", "merge-encrypted/l2"), ("l3", "merge-encrypted/l3")],
     ),
+    ("tarfs-merge-23/merged.boot", ["l2", "l3"], []),
     (
         "chunkdict/merged.boot",
         ["l2", "l3"],
@@ -168,6 +195,7 @@ def test_merged_layers(serving, store, truth, tmp_path, boot, layers, named):
         ("batch-4k-zstd/boot", ["batch"]),
         ("chunkdict-generate-versions/use.boot", ["l3"]),
         ("zran-big-64k/boot", ["big"]),
+        ("tarfs-big/boot", ["big"]),
         ("encrypt-batch/boot", ["l3"]),
     ],
 )

@@ -20,9 +20,10 @@ from builder import (
     build,
     merge,
 )
+from builder.cli import main
 from builder.merge import InconsistentLayers
 from builder.prefetch import parse_patterns
-from erofs import FormatError, open_bootstrap
+from erofs import FormatError, digest, open_bootstrap
 from erofs.rafs import Compressor
 
 
@@ -260,6 +261,22 @@ def test_device_that_is_full(tmp_path):
             ),
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_worker_that_fails(tmp_path, monkeypatch, capsys):
+    """Whatever it was: one line, and nothing is left."""
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(digest, "digest", fail)
+    (tmp_path / "layer.tar").write_bytes(make_tar(**CONTENT))
+    out = tmp_path / "out"
+    out.mkdir()
+    words = ["create", "--type", "tar-rafs", "-B", out / "boot", "-D", out, tmp_path / "layer.tar"]
+    assert main([str(word) for word in words]) == 1
+    assert capsys.readouterr().err == "Error: out of memory, nothing was left behind\n"
+    assert not list(out.iterdir())
 
 
 def layers(tmp_path, *tars, **changes):

@@ -101,7 +101,7 @@ def test_covered_by(blob):
     )
 
 
-@pytest.mark.parametrize("feature", ["TARFS", "EXTERNAL", "IS_CHUNKDICT_GENERATED"])
+@pytest.mark.parametrize("feature", ["EXTERNAL", "IS_CHUNKDICT_GENERATED"])
 def test_unsupported_features_are_named(blob, feature):
     entry = blob.entry._replace(features=blob.entry.features | BlobFeatures[feature])
     with pytest.raises(UnsupportedFeature, match=feature) as caught:

@@ -12,11 +12,13 @@ from builder import BuildError, unpack
 from builder.backends import blob_directory
 from builder.build import BuildOptions, SourceType, build
 from builder.chunkreader import ChunkReader
+from builder.cli.createwords import add_options
 from builder.datacheck import check_data
 from builder.source.options import SourceOptions
 from builder.stargz import read_toc
 from erofs import Chunk, FormatError, check_image, open_bootstrap
 from erofs.citable import parse_cached
+from erofs.console import CommandParser
 from erofs.rafs import BlobFeatures
 from fscache.cachedblob import CachedBlob
 from fscache.fetcher import Fetcher
@@ -231,3 +233,11 @@ def test_members_are_served(tmp_path, layer):
     assert content(300_000, 2)[:CHUNK] in cached.path.read_bytes()
     assert reader.tables.reads == []
     fetcher.close(5)
+
+
+@pytest.mark.parametrize("text", ["2a", "0x2A", "0X2a"])
+def test_size_of_the_layer_is_hexadecimal(text):
+    """As the real tool reads it, with or without a prefix."""
+    parser = CommandParser()
+    add_options(parser)
+    assert parser.parse_args(["--blob-data-size", text, "toc"]).blob_data_size == 42

@@ -17,7 +17,7 @@ from builder.chunker import Chunker, Deduplication
 from builder.consistency import Profile
 from builder.errors import BuildError
 from builder.external import ExternalTree, split_external
-from builder.options import BuildOptions, BuildResult, SourceType, check_options
+from builder.options import BlobSink, BuildOptions, BuildResult, SourceType, check_options
 from builder.output import OutputFile, write_file
 from builder.parent import ParentImage, load_parent
 from builder.prefetch import PrefetchPolicy, files_below, parse_patterns, pattern_nodes
@@ -49,11 +49,16 @@ class _Outputs:
     """Where a blob goes: a file, a directory, or cache files."""
 
     def __init__(
-        self, blob: OutputFile | None, cache: CacheFiles | TableOnly | None, is_named: bool
+        self,
+        blob: OutputFile | None,
+        cache: CacheFiles | TableOnly | None,
+        is_named: bool,
+        sink: BlobSink | None = None,
     ) -> None:
         self.blob = blob
         self.cache = cache
         self._is_named = is_named
+        self.sink = sink or blob or Discard()
 
     def commit(self, blob_id: str, file_name: str) -> Path | None:
         """Make the blob durable under its name, and the cache by the blob's; raise `BuildError`."""
@@ -72,7 +77,7 @@ def _open_outputs(options: BuildOptions) -> Iterator[_Outputs]:
     table = None if options.blob_meta is None else TableOnly(options.blob_meta)
     target = options.blob or options.blob_dir
     if target is None:
-        yield _Outputs(None, table, False)
+        yield _Outputs(None, table, False, options.blob_sink)
         return
     mode = BLOB_MODE if options.blob is None else BLOB_FILE_MODE
     with OutputFile(target, mode) as blob:
@@ -124,7 +129,7 @@ class _Builder:
     def store(self, source: Path | BinaryIO, outputs: _Outputs) -> tuple[Node, BlobWriter]:
         """Put the content of the source into a blob; raise `BuildError`."""
         options, form = self.options, _form(self.options)
-        writer = BlobWriter(outputs.blob or Discard(), form, outputs.cache)
+        writer = BlobWriter(outputs.sink, form, outputs.cache)
         with (
             self.result.timed("build_tree"),
             Chunker(writer, form, self.dedup, options.progress, options.workers) as chunker,
@@ -137,7 +142,7 @@ class _Builder:
     def refer(self, source: Path | BinaryIO, outputs: _Outputs) -> tuple[Node, BlobWriter]:
         """Make tables for the content of the source, which stays there; raise `BuildError`."""
         options, form = self.options, _form(self.options)
-        writer = ReferenceWriter(outputs.blob or Discard(), form, outputs.cache)
+        writer = ReferenceWriter(outputs.sink, form, outputs.cache)
         with (
             self.result.timed("build_tree"),
             ReferenceChunker(
@@ -152,9 +157,7 @@ class _Builder:
     def refer_to_toc(self, source: Path | BinaryIO, outputs: _Outputs) -> tuple[Node, BlobWriter]:
         """Make tables for a layer of which only the table of contents is there."""
         options = self.options
-        writer = ReferenceWriter(
-            outputs.blob or Discard(), _form(options), outputs.cache, members=True
-        )
+        writer = ReferenceWriter(outputs.sink, _form(options), outputs.cache, members=True)
         with self.result.timed("build_tree"):
             toc = read_toc(source, options.chunk_size, options.blob_data_size, options.source)
             self.result.stats = refer_to_members(

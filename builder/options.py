@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Protocol
 
 from builder.attributes import Attributes
 from builder.chunker import ChunkerStats
@@ -23,7 +24,7 @@ from erofs.rafs import (
     Digester,
 )
 
-__all__ = ["BuildOptions", "BuildResult", "SourceType", "check_options"]
+__all__ = ["BlobSink", "BuildOptions", "BuildResult", "SourceType", "check_options"]
 
 
 class SourceType(StrEnum):
@@ -45,6 +46,13 @@ class SourceType(StrEnum):
 _REFERENCES = frozenset({SourceType.TARGZ_REF, SourceType.ESTARGZ_REF, SourceType.ESTARGZTOC_REF})
 
 
+class BlobSink(Protocol):
+    """Takes the bytes of a blob."""
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> None:
+        """Append bytes; raise `NydusError`."""
+
+
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
     """What to build and where to put it.
@@ -56,6 +64,7 @@ class BuildOptions:
         bootstrap: path of the metadata; None puts it into `blob_dir` under its SHA-256.
         blob_dir: directory where the blob gets its id as name.
         blob: path of the blob: a file, or a FIFO that takes it as it is made.
+        blob_sink: takes the blob as it is made, and stays the caller's.
         blob_cache_dir: directory for the files that a daemon's cache would have, instead of
             a blob; nothing is compressed then.
         inline_bootstrap: put the metadata into the blob; then `bootstrap` must be None.
@@ -79,6 +88,7 @@ class BuildOptions:
     bootstrap: Path | None = None
     blob_dir: Path | None = None
     blob: Path | None = None
+    blob_sink: BlobSink | None = None
     blob_cache_dir: Path | None = None
     inline_bootstrap: bool = False
     blob_id: str | None = None
@@ -200,8 +210,10 @@ def _check_places(options: BuildOptions) -> None:
     elif options.source_type is SourceType.ESTARGZTOC_REF:
         # It can do without a blob: its bootstrap says everything.
         pass
-    elif options.blob_dir is None and options.blob is None:
+    elif options.blob_dir is None and options.blob is None and options.blob_sink is None:
         raise BuildError("neither a blob nor a directory for it was given")
+    if options.blob_sink is not None and (options.blob is not None or options.blob_dir is not None):
+        raise BuildError("a blob goes to one place")
     if options.inline_bootstrap:
         if options.bootstrap is not None or options.blob_id is not None:
             raise BuildError("an inlined bootstrap has neither a path nor a blob id of its own")

@@ -10,7 +10,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from urllib.parse import urlencode
 
@@ -38,6 +38,8 @@ class Authorizer:
         credentials: None for anonymous access.
         registry_token: a bearer token that is used as it is; nothing is asked for then.
         headers: added to requests to the token service.
+        actions: for a challenge that names no scope.
+        more_scopes: asked for beside that of the challenge.
     """
 
     def __init__(
@@ -47,9 +49,13 @@ class Authorizer:
         credentials: Credentials | None,
         registry_token: str = "",
         headers: Mapping[str, str] | None = None,
+        *,
+        actions: str = "pull",
+        more_scopes: Sequence[str] = (),
     ) -> None:
         self._sender = sender
-        self._repo = repo
+        self._scope = f"repository:{repo}:{actions}"
+        self._more_scopes = tuple(more_scopes)
         self._credentials = credentials
         self._fixed = f"Bearer {registry_token}" if registry_token else None
         self._headers = headers or {}
@@ -177,9 +183,10 @@ class Authorizer:
     ) -> Token:
         """Ask the token service: by POST form, then by GET; raise `BackendError`."""
         realm = challenge.parameters["realm"]
+        scopes = (challenge.parameters.get("scope", self._scope), *self._more_scopes)
         query = {
             "service": challenge.parameters.get("service", ""),
-            "scope": challenge.parameters.get("scope", f"repository:{self._repo}:pull"),
+            "scope": " ".join(scopes),
             "client_id": CLIENT_ID,
         }
         if not query["service"]:
@@ -198,7 +205,10 @@ class Authorizer:
                 logger.debug("token service gives nothing by POST (%s), trying GET", error)
             headers["Authorization"] = credentials.basic
         joint = "&" if "?" in realm else "?"
-        return self._ask("GET", f"{realm}{joint}{urlencode(query)}", headers, deadline)
+        # Several are one word in a form, and a parameter each in an address.
+        pairs = [("scope", scopes[0]) if pair[0] == "scope" else pair for pair in query.items()]
+        pairs += [("scope", scope) for scope in self._more_scopes]
+        return self._ask("GET", f"{realm}{joint}{urlencode(pairs)}", headers, deadline)
 
     def _ask(
         self,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from fscache.backend.base import BackendError
-from fscache.backend.transport import Transport
+from fscache.backend.transport import Sender
 
 __all__ = ["Health", "pinger"]
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 PING_SECONDS = 10.0
 
 
-def pinger(transport: Transport, url: str) -> Callable[[], bool]:
+def pinger(transport: Sender, url: str) -> Callable[[], bool]:
     """Return a function that tells whether the address answers with less than 500."""
 
     def ping() -> bool:

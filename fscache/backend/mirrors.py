@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fscache.backend.base import Unavailable
 from fscache.backend.health import Health, pinger
 from fscache.backend.settings import MirrorConfig
-from fscache.backend.transport import Answer, Sender, Transport, host_of, split_address
+from fscache.backend.transport import Answer, Body, Sender, host_of, split_address
 
 __all__ = ["MirrorSender"]
 
@@ -26,7 +26,7 @@ class _Mirror:
     health: Health
 
 
-def _mirror(config: MirrorConfig, transport: Transport) -> _Mirror:
+def _mirror(config: MirrorConfig, transport: Sender) -> _Mirror:
     parts = split_address(config.host, "host of the mirror")
     base = f"{parts.scheme}://{parts.netloc}"
     ping = config.ping_url or f"{base}/v2"
@@ -50,7 +50,7 @@ class MirrorSender:
         direct: sends to everybody; closed with this.
     """
 
-    def __init__(self, mirrors: tuple[MirrorConfig, ...], host: str, direct: Transport) -> None:
+    def __init__(self, mirrors: tuple[MirrorConfig, ...], host: str, direct: Sender) -> None:
         self._direct = direct
         self._host = host
         self._mirrors = [_mirror(config, direct) for config in mirrors]
@@ -61,7 +61,7 @@ class MirrorSender:
         url: str,
         headers: Mapping[str, str],
         deadline: float,
-        body: bytes | None = None,
+        body: Body | None = None,
     ) -> Answer:
         """Send one request; see `Sender.send`."""
         host, slash, path = url.partition("://")[2].partition("/")
@@ -81,7 +81,7 @@ class MirrorSender:
         path: str,
         headers: Mapping[str, str],
         deadline: float,
-        body: bytes | None,
+        body: Body | None,
     ) -> Answer | None:
         url = mirror.base + path
         try:

@@ -15,6 +15,7 @@ from fscache.backend.health import Health, pinger
 from fscache.backend.settings import NetworkConfig, ProxyConfig
 from fscache.backend.transport import (
     Answer,
+    Body,
     Sender,
     Transport,
     host_of,
@@ -109,7 +110,7 @@ class ProxySender:
         url: str,
         headers: Mapping[str, str],
         deadline: float,
-        body: bytes | None = None,
+        body: Body | None = None,
     ) -> Answer:
         """Send one request; see `Sender.send`.
 
@@ -124,7 +125,7 @@ class ProxySender:
         url: str,
         headers: Mapping[str, str],
         deadline: float,
-        body: bytes | None,
+        body: Body | None,
         *,
         use_http: bool,
     ) -> Answer:
@@ -183,7 +184,7 @@ class _Tunnel:
         url: str,
         headers: Mapping[str, str],
         deadline: float,
-        body: bytes | None = None,
+        body: Body | None = None,
     ) -> Answer:
         """Send one request; see `Sender.send`."""
         return self._proxy._send(method, url, headers, deadline, body, use_http=False)

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import partial
 from urllib.parse import quote
 
-from fscache.backend.auth import Authorizer
 from fscache.backend.base import BackendError, BackendMetrics, Unavailable, check_blob_id
 from fscache.backend.breaker import Breaker
+from fscache.backend.distribution import RegistryClient
 from fscache.backend.ranges import RangeReader
 from fscache.backend.redirects import Targets, redirect_target, same_origin
 from fscache.backend.senders import open_sender
 from fscache.backend.settings import Credentials, RegistryConfig
-from fscache.backend.transport import Answer, TlsFailure, split_address
+from fscache.backend.transport import Answer, Sender
 
 __all__ = ["RegistryBackend"]
-
-logger = logging.getLogger(__name__)
 
 MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 # Answers of a remembered address that send the reader back to the registry: expired signatures
 # are 401 or 403, with some stores 400; what was moved or removed may be elsewhere now.
 _STALE = (*_REDIRECTS, 400, 401, 403, 404, 410)
-# Headers that are for the registry only, should somebody add them to every request.
-_FOR_REGISTRY_ONLY = ("authorization", "cookie", "proxy-authorization")
 
 
 class RegistryBackend:
@@ -34,37 +29,26 @@ class RegistryBackend:
 
     Args:
         config: of the registry; nothing is connected yet.
+        sender: makes the requests, if not that of the configuration; closed with this.
+        client: asks the registry, if others do by the same tokens.
 
     Raises:
         BackendError: a host or repository that is none, unreadable certificates.
     """
 
-    def __init__(self, config: RegistryConfig) -> None:
-        host = split_address(f"https://{config.host}", "host of the registry")
-        if host.netloc != config.host or host.username is not None:
-            raise BackendError("host of the registry is not host[:port]")
-        if not config.repo.strip("/") or ".." in config.repo.split("/"):
-            raise BackendError("registry backend needs a repository", got=ascii(config.repo))
+    def __init__(
+        self,
+        config: RegistryConfig,
+        sender: Sender | None = None,
+        client: RegistryClient | None = None,
+    ) -> None:
         self.metrics = BackendMetrics("registry")
         self._config = config
-        self._sender = open_sender(config, config.host)
+        self._sender = sender or open_sender(config, config.host)
         self._breaker = Breaker()
         self._targets = Targets()
-        self._foreign_headers = {
-            name: value
-            for name, value in config.headers.items()
-            if name.lower() not in _FOR_REGISTRY_ONLY
-        }
-        self._auth = Authorizer(
-            self._sender.for_secrets(),
-            config.repo,
-            config.credentials,
-            config.registry_token,
-            self._foreign_headers,
-        )
-        self._scheme = config.scheme or "https"
-        # Whether a host that speaks no TLS may be asked by http.
-        self._may_go_plain = self._scheme == "https" and (not config.scheme or config.skip_verify)
+        self._client = client or RegistryClient(config, self._sender)
+        self._foreign_headers = self._client.foreign_headers
 
     def open(self, blob_id: str) -> RangeReader:
         """Return a reader; raise `BackendError` for an id that is refused."""
@@ -76,7 +60,7 @@ class RegistryBackend:
 
     def set_credentials(self, credentials: Credentials | None) -> None:
         """Use other credentials for all requests made afterwards."""
-        self._auth.set_credentials(credentials)
+        self._client.set_credentials(credentials)
         self._breaker.reset()
 
     def close(self) -> None:
@@ -124,47 +108,7 @@ class RegistryBackend:
         Returns the answer and the Authorization header that was used.
         """
         path = f"/v2/{quote(self._config.repo.strip('/'))}/blobs/sha256:{quote(blob_id, safe='')}"
-        used = self._auth.current(deadline)
-        answer = self._send(method, path, headers, deadline, used)
-        # Another thread's token may have ended meanwhile, too; one of our own has not.
-        while answer.status == 401:
-            with answer:
-                other = self._auth.refused(used, answer, deadline)
-            if other is None:
-                break
-            used, new = other
-            answer = self._send(method, path, headers, deadline, used)
-            if new:
-                break
-        return answer, used
-
-    def _send(
-        self,
-        method: str,
-        path: str,
-        headers: Mapping[str, str],
-        deadline: float,
-        authorization: str | None,
-    ) -> Answer:
-        """Send to the registry, by http when it turns out to speak no TLS and that is allowed."""
-        headers = {**self._config.headers, **headers}
-        if authorization is not None:
-            headers["Authorization"] = authorization
-        host = self._config.host
-        try:
-            answer = self._sender.send(method, f"{self._scheme}://{host}{path}", headers, deadline)
-        except TlsFailure:
-            if not self._may_go_plain:
-                raise
-            answer = self._sender.send(method, f"http://{host}{path}", headers, deadline)
-            # A server with TLS answers plain text so: its handshake failed by chance.
-            if answer.status == 400:
-                answer.close()
-                raise
-            logger.warning("registry %s speaks no TLS, http is used from now on", host)
-            self._scheme = "http"
-        self._may_go_plain = False
-        return answer
+        return self._client.ask(method, path, headers, deadline)
 
     def _follow(
         self,

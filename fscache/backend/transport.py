@@ -13,7 +13,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from http.client import IncompleteRead
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -39,12 +39,15 @@ from fscache.backend.settings import NetworkConfig
 
 __all__ = [
     "Answer",
+    "Body",
     "Sender",
     "TlsFailure",
     "Transport",
+    "failure",
     "host_of",
     "pool_options",
     "split_address",
+    "tls_context",
 ]
 
 USER_AGENT = "nydusd/1.0.0"
@@ -56,6 +59,9 @@ POOL_HOSTS = 16
 PIECE_BYTES = 1 << 18
 # A rest of an unwanted body up to this size is read, so that its connection can be kept.
 DRAIN_BYTES = 1 << 16
+
+# Bytes, or something with a length that can be iterated over more than once.
+Body = bytes | Iterable[bytes]
 
 # The library's own log quotes addresses whole; what concerns a backend is logged by the backend.
 logging.getLogger("urllib3").setLevel(logging.ERROR)
@@ -77,7 +83,7 @@ class Sender(Protocol):
         url: str,
         headers: Mapping[str, str],
         deadline: float,
-        body: bytes | None = None,
+        body: Body | None = None,
     ) -> Answer:
         """Send one request.
 
@@ -144,7 +150,8 @@ class _UnixPool(HTTPConnectionPool):
     ConnectionCls = _UnixConnection
 
 
-def _tls_context(config: NetworkConfig) -> ssl.SSLContext:
+def tls_context(config: NetworkConfig) -> ssl.SSLContext:
+    """Return what connections with TLS trust; raise `BackendError` for bad certificate files."""
     context = ssl.create_default_context()
     for path in config.ca_cert_files:
         try:
@@ -162,7 +169,7 @@ def pool_options(config: NetworkConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
         "num_pools": POOL_HOSTS,
         "maxsize": POOL_CONNECTIONS,
-        "ssl_context": _tls_context(config),
+        "ssl_context": tls_context(config),
     }
     if config.skip_verify:
         urllib3.disable_warnings(InsecureRequestWarning)
@@ -199,7 +206,7 @@ class Transport:
         url: str,
         headers: Mapping[str, str],
         deadline: float,
-        body: bytes | None = None,
+        body: Body | None = None,
     ) -> Answer:
         """Send one request; see `Sender.send`."""
         left = deadline - time.monotonic()
@@ -220,7 +227,7 @@ class Transport:
                 decode_content=False,
             )
         except (HTTPError, OSError) as error:
-            raise _failure(error, host_of(url)) from error
+            raise failure(error, host_of(url)) from error
         return Answer(response, url)
 
     def for_secrets(self) -> Sender:
@@ -379,7 +386,7 @@ class Answer:
             return self._response.read1(size)
         except (HTTPError, OSError) as error:
             self._end(False)
-            raise _failure(error, host_of(self.url)) from error
+            raise failure(error, host_of(self.url)) from error
 
     def _end(self, complete: bool) -> None:
         tell, self.on_end = self.on_end, None
@@ -387,8 +394,8 @@ class Answer:
             tell(complete)
 
 
-def _failure(error: Exception, host: str) -> BackendError:
-    """Return our error for one of the HTTP library; its own text may quote addresses."""
+def failure(error: Exception, host: str) -> BackendError:
+    """Return our error for one of urllib3's; its own text may quote addresses."""
     if isinstance(error, SSLError):
         cause = error.args[0] if error.args else error
         if isinstance(cause, ssl.SSLCertVerificationError):

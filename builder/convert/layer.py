@@ -1,0 +1,114 @@
+"""One layer: registry → builder → registry, without a copy of the whole in between."""
+
+from __future__ import annotations
+
+import io
+import logging
+from contextlib import closing
+from dataclasses import replace
+from typing import BinaryIO, NamedTuple, cast
+
+from builder.build import build
+from builder.convert.options import ConvertOptions
+from builder.convert.tail import LayerTail, read_tail
+from builder.oci import media
+from builder.oci.errors import ImageError
+from builder.oci.place import BlobStore, PieceReader, Source, Target
+from builder.oci.records import Descriptor
+from builder.oci.upload import UploadLost
+from builder.options import BuildOptions, SourceType
+from builder.prefetch import PrefetchPolicy
+from builder.source.options import SourceOptions, WhiteoutSpec
+from erofs.errors import error_context
+
+__all__ = ["ConvertedLayer", "convert_layer", "copy_blob"]
+
+logger = logging.getLogger(__name__)
+
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+class ConvertedLayer(NamedTuple):
+    """A layer of the Nydus image, its source, its metadata, and whether it was made anew."""
+
+    descriptor: Descriptor
+    source: Descriptor
+    tail: LayerTail
+    is_new: bool
+
+
+def _build_options(options: ConvertOptions) -> BuildOptions:
+    """Return what the real converter asks of its builder (spec tools 2.14)."""
+    if options.oci_ref:
+        return BuildOptions(
+            source_type=SourceType.TARGZ_REF, inline_bootstrap=True, toc=True,
+            chunk_size=options.chunk_size, progress=options.progress,
+        )  # fmt: skip
+    return BuildOptions(
+        source_type=SourceType.TAR,
+        inline_bootstrap=True,
+        toc=True,
+        chunk_size=options.chunk_size,
+        batch_size=options.batch_size,
+        compressor=options.compressor,
+        chunk_dict=None if options.dictionary is None else options.dictionary.bootstrap,
+        source=SourceOptions(whiteout_spec=WhiteoutSpec.NONE),
+        prefetch_policy=PrefetchPolicy.FS,
+        prefetch_patterns=options.patterns,
+        progress=options.progress,
+    )
+
+
+def convert_layer(
+    source: Source, target: BlobStore, layer: Descriptor, options: ConvertOptions
+) -> ConvertedLayer:
+    """Build a layer while it is read, and send it while it is built.
+
+    An upload that the registry forgets begins anew.
+
+    Raises:
+        NydusError: the layer cannot be read, built or sent; says which one.
+    """
+    attempt = 1
+    while True:
+        try:
+            with error_context(blob=layer.digest):
+                descriptor = _convert(source, target, layer, options)
+            break
+        except UploadLost as error:
+            if attempt >= options.layer_attempts:
+                raise
+            attempt += 1
+            logger.warning("layer %s begins anew: %s", layer.digest, error)
+    return ConvertedLayer(descriptor, layer, read_tail(target, descriptor), True)
+
+
+def _convert(
+    source: Source, target: BlobStore, layer: Descriptor, options: ConvertOptions
+) -> Descriptor:
+    built = _build_options(options)
+    with closing(source.pieces(layer)) as pieces:
+        upload = target.begin()
+        try:
+            stream = io.BufferedReader(PieceReader(pieces, layer.digest), 1 << 20)
+            if options.oci_ref and stream.peek(2)[:2] != _GZIP_MAGIC:
+                raise ImageError("layers for --oci-ref have to be compressed by gzip")
+            build(cast(BinaryIO, stream), replace(built, blob_sink=upload))
+            for _ in pieces:
+                pass  # the digest of the layer is looked at behind its last byte
+            descriptor = upload.finish(media.NYDUS_BLOB)
+        except BaseException:
+            upload.abort()
+            raise
+    descriptor = descriptor.annotated(BLOB="true")
+    if options.oci_ref:
+        descriptor = descriptor.annotated(LAYER_REF=layer.digest)
+    return descriptor
+
+
+def copy_blob(source: Source, target: Target, descriptor: Descriptor) -> None:
+    """Bring a blob from one place to another, by the shortest way; raise `NydusError`."""
+    if target.has(descriptor) or target.mount(descriptor, source):
+        return
+    with closing(source.pieces(descriptor)) as pieces:
+        target.put(descriptor, pieces)

@@ -1,0 +1,1 @@
+"""The command line of `nydusify`: words in, calls of `builder.convert` and others, messages."""

@@ -1,0 +1,273 @@
+"""`nydusify convert`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from builder.convert.bootlayer import extract_bootstrap
+from builder.convert.driver import Conversion, ConversionResult
+from builder.convert.options import ConvertOptions, Dictionary
+from builder.nydusify.convertwords import CONVERT
+from builder.nydusify.flags import UsageError, Values
+from builder.nydusify.places import Places, seconds
+from builder.oci.errors import ImageError
+from builder.oci.layout import BlobFolder
+from builder.oci.names import parse_reference
+from builder.oci.place import BlobStore, Source, Target
+from builder.oci.records import Manifest
+from builder.output import write_file
+from builder.proof.prover import Prover, SourceReader
+from erofs.console import package_version
+from erofs.rafs import Compressor, Digester
+
+__all__ = ["COMMAND", "convert_one", "run", "target_text"]
+
+logger = logging.getLogger(__name__)
+
+COMMAND = CONVERT
+MAX_RECORDS = 200
+COMPRESSORS = {
+    "none": Compressor.NONE,
+    "lz4_block": Compressor.LZ4_BLOCK,
+    "zstd": Compressor.ZSTD,
+}
+_BACKENDS = ("oss", "s3", "localfs")
+_DICTIONARY = "bootstrap"
+
+
+def run(values: Values, environment: Mapping[str, str]) -> int:
+    """Convert one image; return the exit status."""
+    check_words(values)
+    if not values.text("source"):
+        raise UsageError('Required flag "source" not set', shows_help=True)
+    result = convert_one(values, environment, values.text("source"), target_text(values))
+    path = values.text("output-json")
+    if path:
+        write_file(Path(path), metrics(result), 0o644)
+    return 0
+
+
+def check_words(values: Values) -> None:
+    """Refuse words that exclude each other, with the real tool's messages."""
+    if values.text("prefetch-dir") and values.flag("prefetch-patterns"):
+        raise UsageError("--prefetch-dir conflicts with --prefetch-patterns")
+    if values.text("build-cache") and values.text("build-cache-tag"):
+        raise UsageError("--build-cache conflicts with --build-cache-tag")
+    if not 1 <= values.number("build-cache-max-records") <= MAX_RECORDS:
+        raise UsageError(f"--build-cache-max-records should not be greater than {MAX_RECORDS}")
+    version = values.text("fs-version")
+    if version not in ("5", "6"):
+        raise UsageError("--fs-version should be one of [5 6]")
+    if values.flag("oci-ref"):
+        if not values.flag("oci"):
+            logger.warning("forcibly enabled `--oci` option when `--oci-ref` be enabled")
+        if version == "5":
+            logger.warning("forcibly using fs version 6 when oci_ref option enabled")
+    elif version == "5":
+        if number(values, "batch-size"):
+            raise UsageError(
+                "convert image: pack tar to nydus: '--batch-size' can only be supported by fs"
+                " version 6"
+            )
+        raise UsageError("RAFS v5 is not written, only v6 is: leave --fs-version out")
+    if values.text("compressor") not in COMPRESSORS:
+        raise UsageError(
+            f"--compressor {values.text('compressor')}: should be one of {', '.join(COMPRESSORS)}"
+        )
+
+
+def number(values: Values, name: str) -> int:
+    """Return a decimal or `0x` number; raise `UsageError`."""
+    try:
+        return int(values.text(name), 0)
+    except ValueError:
+        raise UsageError(f"--{name}: no number: {values.text(name)!r}") from None
+
+
+def target_text(values: Values) -> str:
+    """Return the reference of the result; raise `UsageError`."""
+    target, suffix = values.text("target"), values.text("target-suffix")
+    if target and suffix:
+        raise UsageError("--target conflicts with --target-suffix")
+    if suffix:
+        reference = parse_reference(values.text("source"))
+        return str(reference.with_tag(f"{reference.tag or 'latest'}{suffix}"))
+    if not target:
+        raise UsageError("--target or --target-suffix is required")
+    return target
+
+
+def metrics(result: ConversionResult) -> bytes:
+    """Return the metrics of a conversion, times in nanoseconds."""
+    return json.dumps(
+        {
+            "SourceImageSize": result.source_bytes,
+            "TargetImageSize": result.target_bytes,
+            "SourcePullElapsed": round(result.pull_seconds * 1e9),
+            "ConversionElapsed": round(result.convert_seconds * 1e9),
+            "TargetPushElapsed": round(result.push_seconds * 1e9),
+        }
+    ).encode()
+
+
+@contextmanager
+def work_directory(values: Values, prefix: str = "nydus-converter-") -> Iterator[Path]:
+    """Make a scratch directory, and remove it with all that is in it."""
+    top = Path(values.text("work-dir"))
+    top.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=top) as directory:
+        yield Path(directory)
+
+
+def open_places(values: Values, environment: Mapping[str, str], stack: ExitStack) -> Places:
+    """Return what opens the places of a conversion."""
+    return Places(
+        environment,
+        stack,
+        plain_http=values.flag("plain-http"),
+        retry_count=values.number("push-retry-count"),
+        retry_delay=seconds(values.text("push-retry-delay")),
+        mirrors=values.texts("mirror"),
+    )
+
+
+def convert_one(
+    values: Values, environment: Mapping[str, str], source_text: str, target: str
+) -> ConversionResult:
+    """Convert one reference to another; raise `NydusError`."""
+    with ExitStack() as stack:
+        work = stack.enter_context(work_directory(values))
+        places = open_places(values, environment, stack)
+        folder = _blob_folder(values, stack)
+        source = places.source(
+            source_text, values.flag("source-insecure"), values.text("source-archive")
+        )
+        place = places.target(
+            target, values.flag("target-insecure"), values.text("target-archive"), source
+        )
+        options = ConvertOptions(
+            work=work,
+            builder_version=package_version(),
+            compressor=COMPRESSORS[values.text("compressor")],
+            chunk_size=number(values, "fs-chunk-size"),
+            batch_size=number(values, "batch-size"),
+            oci_ref=values.flag("oci-ref"),
+            oci=values.flag("oci"),
+            merge_platform=values.flag("merge-platform"),
+            with_referrer=values.flag("with-referrer"),
+            all_platforms=values.flag("all-platforms"),
+            platforms=values.text("platform"),
+            patterns=_patterns(values),
+            dictionary=_dictionary(values, places, work),
+        )
+        prover = None
+        if not values.flag("no-proof"):
+            prover = _prover(values, source, place, folder or place, options, stack)
+        return Conversion(source, place, options, folder, prover=prover).run()
+
+
+def _prover(
+    values: Values,
+    source: Source,
+    target: Target,
+    blobs: BlobStore,
+    options: ConvertOptions,
+    stack: ExitStack,
+) -> Prover:
+    """Return what compares the result with the source, and where its statement goes."""
+    reader = SourceReader(
+        source,
+        options.chunk_size,
+        Digester.SHA256 if options.oci_ref else Digester.BLAKE3,
+        options.layers_at_once,
+    )
+    stack.callback(reader.close)
+    where = values.text("proof")
+    return Prover(
+        source,
+        target,
+        blobs,
+        options.work,
+        reader,
+        options=options.layer_key(),
+        version=options.builder_version,
+        file=None if where in ("referrer", "none") else Path(where),
+        publishes=where != "none",
+    )
+
+
+def _patterns(values: Values) -> tuple[bytes, ...]:
+    if values.text("prefetch-dir"):
+        return (values.text("prefetch-dir").encode("utf-8", "surrogateescape"),)
+    if values.flag("prefetch-patterns"):
+        lines = [line for line in sys.stdin.buffer.read().splitlines() if line.strip()]
+        return tuple(lines) or (b"/",)
+    return (b"/",)
+
+
+def _blob_folder(values: Values, stack: ExitStack) -> BlobFolder | None:
+    """Return where data blobs go instead of the registry; raise `NydusError`."""
+    kind = values.text("backend-type")
+    if not kind:
+        return None
+    if kind not in _BACKENDS:
+        raise UsageError(f"--backend-type should be one of [{' '.join(_BACKENDS)}]")
+    config = backend_config(values, "backend")
+    if kind != "localfs":
+        raise ImageError(f"writing to backend '{kind}' is not supported in this version")
+    directory = config.get("dir")
+    if not isinstance(directory, str) or not directory:
+        raise ImageError("backend configuration of localfs needs 'dir'")
+    folder = BlobFolder(Path(directory), force=values.flag("backend-force-push"))
+    stack.callback(folder.close)
+    return folder
+
+
+def backend_config(values: Values, prefix: str) -> dict[str, object]:
+    """Return the configuration of a backend, whose text may hold secrets; raise `NydusError`."""
+    text = values.text(f"{prefix}-config")
+    if not text and values.text(f"{prefix}-config-file"):
+        text = Path(values.text(f"{prefix}-config-file")).read_text("utf-8")
+    if not text:
+        raise UsageError(
+            f"backend configuration is empty, please specify option '--{prefix}-config'"
+        )
+    try:
+        config = json.loads(text)
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        # Without the cause: it quotes the text.
+        raise ImageError("backend configuration is not a JSON object") from None
+    return config
+
+
+def _dictionary(values: Values, places: Places, work: Path) -> Dictionary | None:
+    """Fetch the chunk dictionary that is named; raise `NydusError`."""
+    text = values.text("chunk-dict")
+    if not text:
+        return None
+    kind, _, rest = text.partition(":")
+    place, colon, name = rest.partition(":")
+    if kind != _DICTIONARY or not colon or place not in ("registry", "local"):
+        raise UsageError("parse chunk dict arguments: invalid args")
+    if place == "local":
+        data = Path(name).read_bytes()
+        return Dictionary(Path(name), hashlib.sha256(data).hexdigest())
+    source = places.source(name, values.flag("chunk-dict-insecure"))
+    descriptor = source.resolve()
+    manifest = Manifest.parse(source.document(descriptor), descriptor.media_type)
+    layer = manifest.bootstrap
+    if layer is None:
+        raise ImageError(f"chunk dict image {name} is no Nydus image")
+    path = work / "nydus-chunk-dict"
+    extract_bootstrap(source.pieces(layer), layer, path)
+    blobs = tuple(one for one in manifest.layers if one.is_nydus_blob)
+    return Dictionary(path, layer.hex, blobs, source)

@@ -1,0 +1,105 @@
+"""Media types and annotation keys of images (spec tools 16, OCI image specification 1.1)."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CONFIG_TYPES",
+    "INDEX_TYPES",
+    "LAYER_TYPES",
+    "MANIFEST_TYPES",
+    "is_config",
+    "is_index",
+    "is_manifest",
+    "oci_type",
+]
+
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
+OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"
+OCI_LAYER_GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
+OCI_LAYER_ZSTD = "application/vnd.oci.image.layer.v1.tar+zstd"
+OCI_EMPTY = "application/vnd.oci.empty.v1+json"
+
+DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
+DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
+DOCKER_LAYER_GZIP = "application/vnd.docker.image.rootfs.diff.tar.gzip"
+DOCKER_LAYER_ZSTD = "application/vnd.docker.image.rootfs.diff.tar.zstd"
+
+NYDUS_BLOB = "application/vnd.oci.image.layer.nydus.blob.v1"
+NYDUS_CONFIG = "application/vnd.nydus.image.config.v1+json"
+NYDUS_ARTIFACT = "application/vnd.nydus.image.manifest.v1+json"
+# The older mark of a Nydus manifest in an index, among the features of the platform.
+NYDUS_OS_FEATURE = "nydus.remoteimage.v1"
+
+OCTET_STREAM = "application/octet-stream"
+
+INDEX_TYPES = (OCI_INDEX, DOCKER_INDEX)
+MANIFEST_TYPES = (OCI_MANIFEST, DOCKER_MANIFEST)
+CONFIG_TYPES = (OCI_CONFIG, DOCKER_CONFIG, NYDUS_CONFIG)
+LAYER_TYPES = (
+    OCI_LAYER,
+    OCI_LAYER_GZIP,
+    OCI_LAYER_ZSTD,
+    DOCKER_LAYER,
+    DOCKER_LAYER_GZIP,
+    DOCKER_LAYER_ZSTD,
+)
+_GZIP_LAYERS = (OCI_LAYER_GZIP, DOCKER_LAYER_GZIP)
+_OCI_TYPES = {
+    DOCKER_INDEX: OCI_INDEX,
+    DOCKER_MANIFEST: OCI_MANIFEST,
+    DOCKER_CONFIG: OCI_CONFIG,
+    DOCKER_LAYER: OCI_LAYER,
+    DOCKER_LAYER_GZIP: OCI_LAYER_GZIP,
+    DOCKER_LAYER_ZSTD: OCI_LAYER_ZSTD,
+}
+
+PREFIX = "containerd.io/snapshot/"
+BLOB = f"{PREFIX}nydus-blob"
+BOOTSTRAP = f"{PREFIX}nydus-bootstrap"
+BUILDER_VERSION = f"{PREFIX}nydus-builder-version"
+CACHE_VERSION = f"{PREFIX}nydus-cache-version"
+COMMIT_BLOBS = f"{PREFIX}nydus-commit-blobs"
+EMPTY_LAYER = f"{PREFIX}nydus-empty-layer"
+ENCRYPTED_BLOB = f"{PREFIX}nydus-encrypted-blob"
+FS_VERSION = f"{PREFIX}nydus-fs-version"
+LAYER_REF = f"{PREFIX}nydus-ref"
+PREFETCH_BLOB = f"{PREFIX}nydus-separated-blob-with-prefetch-files"
+REFERENCE_BLOBS = f"{PREFIX}nydus-reference-blob-ids"
+SOURCE_DIGEST = f"{PREFIX}nydus-source-digest"
+SOURCE_REFERENCE = f"{PREFIX}nydus-source-reference"
+UNCOMPRESSED = "containerd.io/uncompressed"
+# Ours: how a cached layer was made.
+CACHE_OPTIONS = f"{PREFIX}nydus-cache-options"
+CACHE_CHAIN = f"{PREFIX}nydus-source-chainid"
+
+IMAGE_NAME = "io.containerd.image.name"
+REF_NAME = "org.opencontainers.image.ref.name"
+
+
+def is_index(media_type: str) -> bool:
+    """Tell whether this is the type of an index (Docker: manifest list)."""
+    return media_type in INDEX_TYPES
+
+
+def is_manifest(media_type: str) -> bool:
+    """Tell whether this is the type of one platform's manifest."""
+    return media_type in MANIFEST_TYPES
+
+
+def is_config(media_type: str) -> bool:
+    """Tell whether this is the type of an image's configuration."""
+    return media_type in CONFIG_TYPES
+
+
+def is_gzip_layer(media_type: str) -> bool:
+    """Tell whether a layer calls itself compressed by gzip."""
+    return media_type in _GZIP_LAYERS
+
+
+def oci_type(media_type: str) -> str:
+    """Return OCI's name for one of Docker's types, any other as it is."""
+    return _OCI_TYPES.get(media_type, media_type)

@@ -1,0 +1,308 @@
+"""The tree of an OCI image: its layers unpacked one over the other (OCI image spec, layer.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import IO, Any, BinaryIO, NamedTuple, cast
+
+from builder.errors import BuildError
+from builder.oci.place import PieceReader, Source
+from builder.oci.records import Descriptor
+from builder.proof.entry import Entry
+from builder.source.opening import open_tar
+from builder.tarpax import decode_pax
+from erofs.digest import digest
+from erofs.errors import IntegrityError, error_context
+from erofs.layout import encode_device_number
+from erofs.rafs import Digester
+
+__all__ = ["LayerItem", "lay_together", "read_layer"]
+
+WHITEOUT = b".wh."
+OPAQUE = b".wh..wh..opq"
+_MAX_SYMLINKS = 40
+# What eStargz keeps in the root of a layer for itself; no image has them (spec rafs-v6 3.8).
+_NOT_CONTENT = (b"stargz.index.json", b".prefetch.landmark", b".no.prefetch.landmark")
+_KINDS = {
+    tarfile.DIRTYPE: stat.S_IFDIR,
+    tarfile.SYMTYPE: stat.S_IFLNK,
+    tarfile.CHRTYPE: stat.S_IFCHR,
+    tarfile.BLKTYPE: stat.S_IFBLK,
+    tarfile.FIFOTYPE: stat.S_IFIFO,
+}
+_XATTR_WORDS = ("SCHILY.xattr.", "LIBARCHIVE.xattr.", "SCHILY.acl.")
+
+
+class LayerItem(NamedTuple):
+    """A member of a layer: where it is, what it is, and for a hard link to which name."""
+
+    parts: tuple[bytes, ...]
+    entry: Entry
+    link: tuple[bytes, ...] | None
+
+
+class _Summed(io.RawIOBase):
+    """A stream whose bytes are summed up while they are read."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self.sum = hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        data = self._stream.read(len(buffer))
+        self.sum.update(data)
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _parts(name: str) -> tuple[bytes, ...]:
+    raw = name.encode("utf-8", "surrogateescape")
+    parts: list[bytes] = []
+    for part in raw.split(b"/"):
+        if part == b"..":
+            del parts[-1:]
+        elif part not in (b"", b"."):
+            parts.append(part)
+    return tuple(parts)
+
+
+def _xattrs(member: tarfile.TarInfo) -> tuple[dict[bytes, bytes], int | None]:
+    """Return extended attributes, and the permissions that an access control list sets."""
+    words = {
+        key.encode("utf-8", "surrogateescape"): text.encode("utf-8", "surrogateescape")
+        for key, text in member.pax_headers.items()
+        if key.startswith(_XATTR_WORDS)
+    }
+    if not words:
+        return {}, None
+    fields = decode_pax(words, member.name.encode("utf-8", "surrogateescape"))
+    return fields.xattrs, fields.permissions
+
+
+def _entry(member: tarfile.TarInfo) -> Entry:
+    kind = _KINDS.get(member.type, stat.S_IFREG)
+    xattrs, permissions = _xattrs(member)
+    mode = kind | (0o777 if kind == stat.S_IFLNK else member.mode & 0o7777)
+    if permissions is not None:
+        mode = mode & ~0o777 | permissions
+    entry = Entry(mode, member.uid, member.gid, int(member.mtime // 1), xattrs=xattrs)
+    if kind == stat.S_IFDIR:
+        entry.children = {}
+    elif kind == stat.S_IFLNK:
+        entry.target = member.linkname.encode("utf-8", "surrogateescape")
+    elif kind in (stat.S_IFCHR, stat.S_IFBLK):
+        entry.rdev = encode_device_number(member.devmajor, member.devminor)
+    elif kind == stat.S_IFREG:
+        entry.size = member.size
+    return entry
+
+
+def _digests(content: Any, piece_bytes: int, digester: Digester) -> tuple[bytes, ...]:
+    found = []
+    while piece := content.read(piece_bytes):
+        found.append(digest(digester, piece))
+    return tuple(found)
+
+
+def read_layer(
+    source: Source,
+    layer: Descriptor,
+    diff_id: str,
+    chunk_bytes: int,
+    digester: Digester,
+    progress: Callable[[int], None] | None = None,
+) -> list[LayerItem]:
+    """Read a layer once, and return its members with digests of their content.
+
+    Args:
+        source: has the layer.
+        layer: which one it is.
+        diff_id: digest of the plain layer that the configuration promises.
+        chunk_bytes: length of the pieces that are digested.
+        digester: of the pieces.
+        progress: called with numbers of content bytes.
+
+    Raises:
+        IntegrityError: it is not what descriptor or configuration promise.
+        BuildError: it is not a tar.
+        NydusError: it cannot be read.
+    """
+    with (
+        error_context(blob=layer.digest),
+        closing(source.pieces(layer)) as pieces,
+        open_tar(cast(BinaryIO, PieceReader(pieces, layer.digest))) as plain,
+    ):
+        summed = _Summed(cast(BinaryIO, plain))
+        stream = io.BufferedReader(summed, 1 << 20)
+        items = list(_items(cast(IO[bytes], stream), chunk_bytes, digester, progress))
+        while stream.read(1 << 20):
+            pass
+        found = f"sha256:{summed.sum.hexdigest()}"
+        if found != diff_id:
+            raise IntegrityError("plain layer has another digest", expected=diff_id, got=found)
+        for _ in pieces:
+            pass
+    return items
+
+
+def _items(
+    stream: IO[bytes],
+    chunk_bytes: int,
+    digester: Digester,
+    progress: Callable[[int], None] | None,
+) -> Iterator[LayerItem]:
+    try:
+        with tarfile.open(
+            fileobj=stream, mode="r|", encoding="utf-8", errors="surrogateescape"
+        ) as tar:
+            for member in tar:
+                # What was read is not needed again; the library would keep every header.
+                tar.members = []  # type: ignore[attr-defined]
+                parts = _parts(member.name)
+                if len(parts) == 1 and parts[0] in _NOT_CONTENT:
+                    continue
+                entry = _entry(member)
+                link = _parts(member.linkname) if member.islnk() else None
+                if member.isreg() and entry.size:
+                    content = tar.extractfile(member)
+                    entry.digests = _digests(content, chunk_bytes, digester)
+                    if progress is not None:
+                        progress(entry.size)
+                yield LayerItem(parts, entry, link)
+    except (tarfile.TarError, ValueError) as error:
+        raise BuildError(f"not a tar ({error})") from error
+
+
+class _Tree:
+    def __init__(self) -> None:
+        self.root = Entry.directory()
+
+    def directory(self, parts: Sequence[bytes], layer: int) -> Entry:
+        """Return the directory of a path, symlinks followed below the root; it is made if absent.
+
+        What is no directory gives way to one, as when unpacking.
+        """
+        rest, way, links = list(parts)[::-1], [self.root], 0
+        while rest:
+            part = rest.pop()
+            if part == b"..":
+                if len(way) > 1:
+                    way.pop()
+                continue
+            if part in (b"", b"."):
+                continue
+            children = cast("dict[bytes, Entry]", way[-1].children)
+            child = children.get(part)
+            if child is not None and stat.S_ISLNK(child.mode) and links < _MAX_SYMLINKS:
+                links += 1
+                if child.target.startswith(b"/"):
+                    del way[1:]
+                rest.extend(child.target.split(b"/")[::-1])
+                continue
+            if child is None or child.children is None:
+                child = children[part] = Entry.directory(layer)
+            way.append(child)
+        return way[-1]
+
+    def find(self, parts: Sequence[bytes]) -> Entry | None:
+        """Return what a name stands for; its directories' symlinks are followed."""
+        if not parts:
+            return self.root
+        entry: Entry | None = self.root
+        for part in parts[:-1]:
+            entry = entry.children.get(part) if entry is not None and entry.children else None
+            if entry is not None and stat.S_ISLNK(entry.mode):
+                entry = self.directory(parts[:-1], entry.layer)
+                break
+        if entry is None or not entry.children:
+            return None
+        return entry.children.get(parts[-1])
+
+    def put(self, item: LayerItem, layer: int) -> bool:
+        """Put a member where it belongs; tell whether it could be, which a hard link may not."""
+        if not item.parts:
+            self._describe(self.root, item.entry)
+            return True
+        directory = self.directory(item.parts[:-1], layer)
+        children = cast("dict[bytes, Entry]", directory.children)
+        name = item.parts[-1]
+        if item.link is not None:
+            found = self.find(item.link)
+            if found is None or found.children is not None:
+                return False
+            children[name] = found
+            return True
+        old = children.get(name)
+        entry = item.entry
+        entry.layer = layer
+        if entry.children is not None and old is not None and old.children is not None:
+            entry.children = old.children
+        children[name] = entry
+        return True
+
+    @staticmethod
+    def _describe(root: Entry, entry: Entry) -> None:
+        root.mode, root.uid, root.gid, root.mtime = entry.mode, entry.uid, entry.gid, entry.mtime
+        root.xattrs = entry.xattrs
+
+    def white_out(self, parts: Sequence[bytes], layer: int) -> None:
+        """Delete what lower layers have, as a deletion mark says."""
+        directory = self.directory(parts[:-1], layer)
+        children = cast("dict[bytes, Entry]", directory.children)
+        if parts[-1] == OPAQUE:
+            _clear(directory, layer)
+            return
+        name = parts[-1][len(WHITEOUT) :]
+        old = children.get(name)
+        if old is None:
+            return
+        if old.layer < layer:
+            del children[name]
+        elif old.children is not None:
+            _clear(old, layer)
+
+
+def _clear(directory: Entry, layer: int) -> None:
+    """Remove what came from lower layers out of a directory, however deep it is."""
+    stack = [directory]
+    while stack:
+        children = cast("dict[bytes, Entry]", stack.pop().children)
+        for name, child in list(children.items()):
+            if child.layer < layer:
+                del children[name]
+            elif child.children is not None:
+                stack.append(child)
+
+
+def lay_together(layers: Sequence[Sequence[LayerItem]]) -> Entry:
+    """Return the tree of layers, lowest first; the items are used up.
+
+    Raises:
+        BuildError: a hard link to what is not there.
+    """
+    tree = _Tree()
+    for number, items in enumerate(layers):
+        waiting = []
+        for item in items:
+            if item.parts and item.parts[-1].startswith(WHITEOUT):
+                tree.white_out(item.parts, number)
+            elif not tree.put(item, number):
+                waiting.append(item)
+        while waiting:
+            left = [item for item in waiting if not tree.put(item, number)]
+            if len(left) == len(waiting):
+                raise BuildError(
+                    "hard link to what is not there", entry=os.sep.encode().join(left[0].parts)
+                )
+            waiting = left
+    return tree.root

@@ -1,0 +1,130 @@
+"""Requests of `nydusify` by the library `requests`: proxies and authorities of the environment.
+
+The daemon's reads go by `fscache.backend.transport`, without that library's import of 0.1 s;
+answers, time limits and errors are the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from urllib3.exceptions import HTTPError, InsecureRequestWarning, MaxRetryError
+
+from fscache.backend.base import BackendError, Unavailable
+from fscache.backend.settings import NetworkConfig
+from fscache.backend.transport import (
+    POOL_CONNECTIONS,
+    POOL_HOSTS,
+    Answer,
+    Body,
+    Sender,
+    failure,
+    host_of,
+    tls_context,
+)
+
+__all__ = ["SessionSender"]
+
+_USER_AGENT = "nydusify/1.0.0"
+
+
+class _Adapter(HTTPAdapter):
+    """Connections that trust what the configuration says."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        self._tls: dict[str, Any] = {"ssl_context": tls_context(config)}
+        if config.skip_verify:
+            self._tls["assert_hostname"] = False
+        super().__init__(POOL_HOSTS, POOL_CONNECTIONS, max_retries=0)
+
+    def init_poolmanager(self, *words: Any, **options: Any) -> None:
+        super().init_poolmanager(*words, **{**options, **self._tls})
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        return super().proxy_manager_for(proxy, **{**options, **self._tls})
+
+
+def _unchanged(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """Keep the library from putting what a .netrc has in the place of our header."""
+    return request
+
+
+class SessionSender:
+    """A `Sender` on `requests`; safe to use from many threads.
+
+    Args:
+        config: certificates and time limits; proxies are those of the environment.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        self._connect_timeout = config.connect_timeout
+        self._timeout = config.timeout
+        self._verify = not config.skip_verify
+        if config.skip_verify:
+            urllib3.disable_warnings(InsecureRequestWarning)
+        self._session = requests.Session()
+        self._session.auth = _unchanged
+        self._session.headers.clear()
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, _Adapter(config))
+
+    def send(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        deadline: float,
+        body: Body | None = None,
+    ) -> Answer:
+        """Send one request; see `Sender.send`."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise Unavailable(f"no time left to ask {host_of(url)}", temporary=True)
+        settings = self._session.merge_environment_settings(
+            url, {}, True, self._verify or None, None
+        )
+        if not self._verify:
+            settings["verify"] = False
+        # Cookies would be one session's state shared by all threads; no registry needs them.
+        request = requests.Request(
+            method,
+            url,
+            headers={"User-Agent": _USER_AGENT, "Accept-Encoding": "identity", **headers},
+            data=body,
+            auth=_unchanged,
+        ).prepare()
+        try:
+            response = self._session.send(
+                request,
+                timeout=(min(self._connect_timeout, left), min(self._timeout, left)),
+                allow_redirects=False,
+                **settings,
+            )
+        except (requests.RequestException, HTTPError, OSError) as error:
+            raise _translated(error, host_of(url)) from error
+        return Answer(response.raw, url)
+
+    def for_secrets(self) -> Sender:
+        """Return this sender: it goes the environment's ways only."""
+        return self
+
+    def close(self) -> None:
+        """Drop idle connections."""
+        self._session.close()
+
+
+def _translated(error: Exception, host: str) -> BackendError:
+    """Return our error for the one inside of the library's."""
+    inner = error.args[0] if error.args else error
+    if isinstance(inner, MaxRetryError) and inner.reason is not None:
+        inner = inner.reason
+    if isinstance(inner, HTTPError):
+        return failure(inner, host)
+    if isinstance(error, requests.exceptions.InvalidURL):
+        return BackendError(f"address of {host} is none")
+    return failure(error, host)

@@ -52,11 +52,13 @@ class ImageConfig:
         """Decode; raise `ImageError`."""
         values = parse_json(data, "configuration of the image")
         root = values.get("rootfs")
-        if not isinstance(root, dict) or not isinstance(root.get("diff_ids") or [], list):
+        digests = root.get("diff_ids") if isinstance(root, dict) else {}
+        if digests is not None and not isinstance(digests, list):
             raise ImageError("configuration of the image has no rootfs")
-        for digest in root.get("diff_ids") or []:
+        for digest in digests or []:
             check_digest(digest)
-        history = values.get("history") or []
+        history = values.get("history")
+        history = [] if history is None else history
         if not isinstance(history, list) or not all(isinstance(one, dict) for one in history):
             raise ImageError("configuration of the image has a wrong history")
         run = values.get("config")

@@ -50,7 +50,7 @@ def registry():
 
 def _words(case, registry, tmp_path):
     words = [word.replace(HOST, registry.host) for word in case.words]
-    words = [word for word in words if word not in ("out.json",)]
+    words = [word for word in words if word != "out.json"]
     if "--output-json" in words:
         words.insert(words.index("--output-json") + 1, str(tmp_path / "out.json"))
     return [*words, "--work-dir", tmp_path / "work"]
@@ -191,7 +191,8 @@ def test_every_case_is_looked_at():
 # Cases with a test of their own, or with another outcome (docs/nydusify.md says which).
 ELSEWHERE = {
     "convert-auth-ok", "convert-backend-bad-type", "convert-backend-localfs",
-    "convert-backend-oss-unreachable", "convert-lz4", "convert-build-cache-1", "convert-build-cache-2",
+    "convert-backend-oss-unreachable", "convert-lz4",
+    "convert-build-cache-1", "convert-build-cache-2",
     "convert-build-cache-3", "convert-build-cache-same-repo-1", "convert-build-cache-same-repo-2",
     "convert-build-cache-same-repo-3-index", "convert-build-cache-same-repo-4-lz4",
     "convert-build-cache-tag", "convert-build-cache-version", "convert-chunk-dict-bad",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from builder.consistency import Profile, profile_of, require_profile
 from builder.errors import BuildError
 from builder.options import BuildResult
 from builder.overlay import apply_layer
-from builder.prefetch import PrefetchPolicy, parse_patterns, pattern_nodes
+from builder.prefetch import PrefetchPolicy, find_node, parse_patterns, pattern_nodes
 from builder.source.options import WhiteoutSpec
 from erofs import AnyBootstrap, Bootstrap, BootstrapSpec, Node, write_bootstrap
 from erofs.rafs import BlobEntry, BlobFeatures, Compressor, SuperFlags
@@ -42,6 +42,8 @@ class MergeOptions:
         chunk_dict: bootstrap whose blobs do not count as a layer's own.
         keep_ids: blobs are called as the bootstraps say, not as their files.
         inlined: a source may be a blob that carries its bootstrap.
+        undescribed: for each source the directories that it knows only the paths of; those
+            below keep their attributes.
     """
 
     bootstrap: Path | None = None
@@ -58,6 +60,7 @@ class MergeOptions:
     blob_sizes: Sequence[int] = ()
     blob_toc_digests: Sequence[bytes] = ()
     blob_toc_sizes: Sequence[int] = ()
+    undescribed: Sequence[Collection[bytes]] = ()
 
 
 @dataclass(slots=True)
@@ -119,7 +122,11 @@ class _Merger:
         places = {blob_id: place for place, blob_id in enumerate(self.blobs)}
         tree = load_tree(image, [places[blob_id] for blob_id in ids])
         if self.root is not None:
-            tree = apply_layer(self.root, tree, self.options.whiteout_spec)
+            paths = self.options.undescribed
+            known = () if number is None or not paths else paths[number]
+            nodes = (find_node(tree, path) for path in known)
+            kept = {id(node) for node in nodes if node is not None}
+            tree = apply_layer(self.root, tree, self.options.whiteout_spec, kept)
         self.root, self.last = tree, image
 
     def _renamed(self, blob: BlobEntry, path: Path, number: int) -> BlobEntry:
@@ -187,6 +194,7 @@ def _check_lists(sources: Sequence[Path], options: MergeOptions) -> None:
         "blob size": options.blob_sizes,
         "toc digest": options.blob_toc_digests,
         "toc size": options.blob_toc_sizes,
+        "undescribed": options.undescribed,
     }
     for name, items in lists.items():
         if items and len(items) != len(sources):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Collection
 
 from builder.source.options import WhiteoutSpec
 from erofs import Node
@@ -14,13 +15,27 @@ OPAQUE_MARKER = b".wh..wh..opq"
 OVERLAY_OPAQUE = b"trusted.overlay.opaque"
 
 
-def apply_layer(lower: Node, upper: Node, spec: WhiteoutSpec = WhiteoutSpec.OCI) -> Node:
+def apply_layer(
+    lower: Node,
+    upper: Node,
+    spec: WhiteoutSpec = WhiteoutSpec.OCI,
+    undescribed: Collection[int] = (),
+) -> Node:
     """Return the root of `upper` over `lower`; both trees are used up.
 
     The upper root's attributes replace the lower one's. Recursion is replaced by a
     stack, since layers decide how deep their directories are.
+
+    Args:
+        lower: the tree below.
+        upper: the tree above.
+        spec: how `upper` marks deletions.
+        undescribed: identities of directories of `upper` of which only the path is known, so
+            that those below keep their attributes.
     """
     root = upper
+    if id(upper) in undescribed:
+        _keep_attributes(lower, upper)
     stack = [(lower.entries, upper)]
     while stack:
         below, node = stack.pop()
@@ -30,12 +45,19 @@ def apply_layer(lower: Node, upper: Node, spec: WhiteoutSpec = WhiteoutSpec.OCI)
             old = merged.get(name)
             if child.is_dir:
                 inherited = old.entries if old is not None and old.is_dir else {}
+                if old is not None and old.is_dir and id(child) in undescribed:
+                    _keep_attributes(old, child)
                 if _take_opaque_mark(child, spec):
                     inherited = {}
                 stack.append((inherited, child))
             merged[name] = child
         node.children = merged
     return root
+
+
+def _keep_attributes(lower: Node, upper: Node) -> None:
+    upper.mode, upper.uid, upper.gid = lower.mode, lower.uid, lower.gid
+    upper.mtime, upper.mtime_nsec, upper.xattrs = lower.mtime, lower.mtime_nsec, lower.xattrs
 
 
 def _kept(below: dict[bytes, Node], node: Node, spec: WhiteoutSpec) -> dict[bytes, Node]:

@@ -29,8 +29,11 @@ logger = logging.getLogger(__name__)
 class LayerCache(Protocol):
     """Knows layers that were converted before."""
 
-    def find(self, layer: Descriptor) -> Descriptor | None:
-        """Return the converted layer of a source layer, stored in the target now."""
+    def find(self, layer: Descriptor) -> tuple[Descriptor, tuple[bytes, ...]] | None:
+        """Return the converted layer of a source layer, stored in the target now.
+
+        With it come the directories that it has entries in but none for.
+        """
 
     def note(self, layer: ConvertedLayer) -> None:
         """Remember a layer."""
@@ -142,7 +145,9 @@ class ImageConverter:
             copy_blob(self._source, self._target, layer)
         if found is not None:
             self.cached += 1
-            return ConvertedLayer(found, layer, read_tail(self._blobs, found), False)
+            descriptor, undescribed = found
+            tail = read_tail(self._blobs, descriptor)
+            return ConvertedLayer(descriptor, layer, tail, undescribed)
         made = convert_layer(self._source, self._blobs, layer, self._options)
         if self._cache is not None:
             self._cache.note(made)
@@ -176,6 +181,7 @@ class ImageConverter:
             chunk_dict=None if options.dictionary is None else options.dictionary.bootstrap,
             prefetch_policy=PrefetchPolicy.FS,
             prefetch_patterns=options.patterns,
+            undescribed=[layer.undescribed for layer in layers],
         )
         if options.oci_ref:
             merging = replace(

@@ -29,12 +29,15 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 class ConvertedLayer(NamedTuple):
-    """A layer of the Nydus image, its source, its metadata, and whether it was made anew."""
+    """A layer of the Nydus image, its source, and its metadata.
+
+    `undescribed` are the directories that it has entries in but none for.
+    """
 
     descriptor: Descriptor
     source: Descriptor
     tail: LayerTail
-    is_new: bool
+    undescribed: tuple[bytes, ...] = ()
 
 
 def _build_options(options: ConvertOptions) -> BuildOptions:
@@ -73,27 +76,29 @@ def convert_layer(
     while True:
         try:
             with error_context(blob=layer.digest):
-                descriptor = _convert(source, target, layer, options)
+                descriptor, undescribed = _convert(source, target, layer, options)
             break
         except UploadLost as error:
             if attempt >= options.layer_attempts:
                 raise
             attempt += 1
             logger.warning("layer %s begins anew: %s", layer.digest, error)
-    return ConvertedLayer(descriptor, layer, read_tail(target, descriptor), True)
+    return ConvertedLayer(descriptor, layer, read_tail(target, descriptor), tuple(undescribed))
 
 
 def _convert(
     source: Source, target: BlobStore, layer: Descriptor, options: ConvertOptions
-) -> Descriptor:
+) -> tuple[Descriptor, list[bytes]]:
     built = _build_options(options)
+    undescribed: list[bytes] = []
+    reading = replace(built.source, undescribed=undescribed)
     with closing(source.pieces(layer)) as pieces:
         upload = target.begin()
         try:
             stream = io.BufferedReader(PieceReader(pieces, layer.digest), 1 << 20)
             if options.oci_ref and stream.peek(2)[:2] != _GZIP_MAGIC:
                 raise ImageError("layers for --oci-ref have to be compressed by gzip")
-            build(cast(BinaryIO, stream), replace(built, blob_sink=upload))
+            build(cast(BinaryIO, stream), replace(built, blob_sink=upload, source=reading))
             for _ in pieces:
                 pass  # the digest of the layer is looked at behind its last byte
             descriptor = upload.finish(media.NYDUS_BLOB)
@@ -103,7 +108,7 @@ def _convert(
     descriptor = descriptor.annotated(BLOB="true")
     if options.oci_ref:
         descriptor = descriptor.annotated(LAYER_REF=layer.digest)
-    return descriptor
+    return descriptor, undescribed
 
 
 def copy_blob(source: Source, target: Target, descriptor: Descriptor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import stat
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -92,7 +91,7 @@ def _xattrs(member: tarfile.TarInfo) -> tuple[dict[bytes, bytes], int | None]:
 def _entry(member: tarfile.TarInfo) -> Entry:
     kind = _KINDS.get(member.type, stat.S_IFREG)
     xattrs, permissions = _xattrs(member)
-    mode = kind | (0o777 if kind == stat.S_IFLNK else member.mode & 0o7777)
+    mode = kind | member.mode & 0o7777
     if permissions is not None:
         mode = mode & ~0o777 | permissions
     entry = Entry(mode, member.uid, member.gid, int(member.mtime // 1), xattrs=xattrs)
@@ -301,8 +300,6 @@ def lay_together(layers: Sequence[Sequence[LayerItem]]) -> Entry:
         while waiting:
             left = [item for item in waiting if not tree.put(item, number)]
             if len(left) == len(waiting):
-                raise BuildError(
-                    "hard link to what is not there", entry=os.sep.encode().join(left[0].parts)
-                )
+                raise BuildError("hard link to what is not there", entry=b"/".join(left[0].parts))
             waiting = left
     return tree.root

@@ -36,8 +36,11 @@ class SourceOptions:
         keep_owners: False puts 0/0 in place of every owner.
         pax_mtime: take times of PAX records, with nanoseconds, where the real tool only
             looks at the header's whole seconds.
+        undescribed: takes the paths, without a slash in front, of directories that a tar has
+            entries in but none for; they are empty for the root.
     """
 
     whiteout_spec: WhiteoutSpec = WhiteoutSpec.OCI
     keep_owners: bool = True
     pax_mtime: bool = False
+    undescribed: list[bytes] | None = None

@@ -69,6 +69,8 @@ class TreeLoader:
         self._linked: dict[_Parts, _Attributes] = {}
         # Hard links to what has not come yet.
         self._waiting: dict[_Parts, TarMember] = {}
+        # Directories that no member described so far, by what they are.
+        self._undescribed: dict[int, _Parts] = {id(self.root): ()}
         # Where the last member was put, for its neighbours.
         self._last: tuple[list[bytes], Node, _Parts] | None = None
 
@@ -85,6 +87,8 @@ class TreeLoader:
         """Return the root of the complete tree; raise `BuildError`."""
         self._link_waiting()
         self._settle_links()
+        if self._options.undescribed is not None:
+            self._options.undescribed.extend(map(b"/".join, self._undescribed.values()))
         return self.root
 
     def _parts(self, path: bytes) -> _Parts:
@@ -125,6 +129,7 @@ class TreeLoader:
             child = directory.entries.get(part)
             if child is None and make_it:
                 child = directory.entries[part] = Node.directory()
+                self._undescribed[id(child)] = (*(name for name, _ in path), part)
             if child is None:
                 raise _Missing("parent is a symlink to nowhere", got=part)
             if child.target:
@@ -200,6 +205,7 @@ class TreeLoader:
         return node
 
     def _apply(self, node: Node, member: TarMember) -> None:
+        self._undescribed.pop(id(node), None)
         self._set(node, self._attributes(member))
         for name in member.xattrs:
             split_xattr_name(name)

@@ -6,13 +6,14 @@ import errno
 import logging
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 from fscache.backend import Backend, BlobReader, open_backend
-from fscache.backend.base import TakesCredentials
+from fscache.backend.base import Prepares, TakesCredentials
 from fscache.backend.retry import retry_policy
 from fscache.backend.settings import Credentials
 from fscache.bootfile import mountable_bootstrap
@@ -116,6 +117,9 @@ class ServedImage:
             stack.pop_all()
         if domain.serves:
             self._prefetch(fetcher, domain)
+            if isinstance(self.backend, Prepares):
+                # Not before the mount, which does not need it.
+                threading.Thread(target=self.backend.prepare, name="prepare", daemon=True).start()
 
     def open_blobs(
         self, domain: Domain, fetcher: Fetcher, *, prefetch: bool = True

@@ -30,9 +30,10 @@ from fscache.backend.ranges import status_error
 from fscache.backend.redirects import redirect_target
 from fscache.backend.registry import RegistryBackend
 from fscache.backend.retry import RetryPolicy
+from fscache.backend.sender import Body, Sender
 from fscache.backend.session import SessionSender
 from fscache.backend.settings import MirrorConfig, RegistryConfig
-from fscache.backend.transport import Answer, Body, Sender
+from fscache.backend.transport import Answer
 
 __all__ = ["RegistrySettings", "Repository"]
 

@@ -18,7 +18,8 @@ from builder.oci.records import Descriptor
 from fscache.backend.base import BackendError, Unavailable
 from fscache.backend.ranges import status_error
 from fscache.backend.redirects import redirect_target
-from fscache.backend.transport import Answer, Body
+from fscache.backend.sender import Body
+from fscache.backend.transport import Answer
 
 __all__ = ["BlobUpload", "Session", "UploadLost"]
 

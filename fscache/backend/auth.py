@@ -12,12 +12,16 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
 from fscache.backend.base import AuthError, BackendError, Unavailable
 from fscache.backend.challenge import Challenge, Token, choose_challenge, parse_token
+from fscache.backend.sender import Sender, host_of, split_address
 from fscache.backend.settings import Credentials
-from fscache.backend.transport import Answer, Sender, host_of, split_address
+
+if TYPE_CHECKING:
+    from fscache.backend.transport import Answer
 
 __all__ = ["Authorizer"]
 

@@ -145,6 +145,14 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class Prepares(Protocol):
+    """A backend whose first read takes longer, unless it was prepared."""
+
+    def prepare(self) -> None:
+        """Do what a first read would have to, like loading a library; nothing is sent."""
+
+
+@runtime_checkable
 class TakesCredentials(Protocol):
     """A backend whose credentials can be replaced while it is read from."""
 

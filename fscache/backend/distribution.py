@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from fscache.backend.auth import Authorizer
 from fscache.backend.base import BackendError
+from fscache.backend.sender import Body, Sender, TlsFailure, split_address
 from fscache.backend.settings import Credentials, RegistryConfig
-from fscache.backend.transport import Answer, Body, Sender, TlsFailure, split_address
+
+if TYPE_CHECKING:
+    from fscache.backend.transport import Answer
 
 __all__ = ["RegistryClient"]
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from fscache.backend.base import BackendError
-from fscache.backend.transport import Sender
+from fscache.backend.sender import Sender
 
 __all__ = ["Health", "pinger"]
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from fscache.backend.base import BackendError, BackendMetrics, check_blob_id
 from fscache.backend.breaker import Breaker
+from fscache.backend.direct import DirectSender
 from fscache.backend.ranges import RangeReader
+from fscache.backend.sender import Sender, split_address
 from fscache.backend.senders import open_sender
 from fscache.backend.settings import HttpProxyConfig
-from fscache.backend.transport import Answer, Sender, Transport, split_address
+
+if TYPE_CHECKING:
+    from fscache.backend.transport import Answer
 
 __all__ = ["HttpProxyBackend"]
 
@@ -21,7 +26,7 @@ def _open(config: HttpProxyConfig) -> tuple[Sender, str]:
     if config.addr.startswith("/"):
         if config.proxy is not None or config.mirrors:
             raise BackendError("a unix socket has no proxy and no mirrors")
-        return Transport(config, unix=config.addr), ""
+        return DirectSender(config, unix=config.addr), ""
     url = split_address(config.addr, "address of the http-proxy backend")
     if url.query or url.fragment:
         raise BackendError("address of the http-proxy backend has a query or fragment")
@@ -53,6 +58,10 @@ class HttpProxyBackend:
         self, url: str, method: str, headers: Mapping[str, str], deadline: float
     ) -> Answer:
         return self._sender.send(method, url, {**self._headers, **headers}, deadline)
+
+    def prepare(self) -> None:
+        """Be ready for a first read; see `Prepares`."""
+        self._sender.prepare()
 
     def close(self) -> None:
         """Close idle connections; one in use is closed by its reader."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fscache.backend.base import Unavailable
 from fscache.backend.health import Health, pinger
+from fscache.backend.sender import Body, Sender, host_of, split_address
 from fscache.backend.settings import MirrorConfig
-from fscache.backend.transport import Answer, Body, Sender, host_of, split_address
+
+if TYPE_CHECKING:
+    from fscache.backend.transport import Answer
 
 __all__ = ["MirrorSender"]
 
@@ -97,6 +101,10 @@ class MirrorSender:
             return answer
         answer.close()
         return None
+
+    def prepare(self) -> None:
+        """Be ready to send; see `Sender.prepare`."""
+        self._direct.prepare()
 
     def for_secrets(self) -> Sender:
         """Return the direct sender: a mirror is not asked for tokens."""

@@ -12,16 +12,9 @@ from urllib3 import ProxyManager, make_headers
 
 from fscache.backend.base import AuthError, BackendError, Unavailable
 from fscache.backend.health import Health, pinger
+from fscache.backend.sender import Body, Sender, host_of, split_address
 from fscache.backend.settings import NetworkConfig, ProxyConfig
-from fscache.backend.transport import (
-    Answer,
-    Body,
-    Sender,
-    Transport,
-    host_of,
-    pool_options,
-    split_address,
-)
+from fscache.backend.transport import Answer, Transport, pool_options
 
 __all__ = ["ProxySender", "RateLimit", "proxy_address"]
 
@@ -79,7 +72,7 @@ class ProxySender:
         direct: the way past it; closed with this.
     """
 
-    def __init__(self, config: NetworkConfig, proxy: ProxyConfig, direct: Transport) -> None:
+    def __init__(self, config: NetworkConfig, proxy: ProxyConfig, direct: Sender) -> None:
         address = proxy_address(proxy.url)
         parts = split_address(address, "address of the proxy")
         auth = (
@@ -161,6 +154,9 @@ class ProxySender:
             return False
         return True
 
+    def prepare(self) -> None:
+        """Do nothing: the library is loaded."""
+
     def for_secrets(self) -> Sender:
         """Return a sender that never asks for an https address by http."""
         return _Tunnel(self)
@@ -188,6 +184,9 @@ class _Tunnel:
     ) -> Answer:
         """Send one request; see `Sender.send`."""
         return self._proxy._send(method, url, headers, deadline, body, use_http=False)
+
+    def prepare(self) -> None:
+        """Do nothing: the library is loaded."""
 
     def for_secrets(self) -> Sender:
         """Return this sender."""

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from fscache.backend.base import (
     AuthError,
@@ -20,12 +21,14 @@ from fscache.backend.base import (
     Unavailable,
 )
 from fscache.backend.breaker import Breaker
-from fscache.backend.transport import Answer
+
+if TYPE_CHECKING:
+    from fscache.backend.transport import Answer
 
 __all__ = ["RangeReader", "Request", "check_partial", "status_error"]
 
 # Sends a request for the reader's blob: method, headers, deadline of `time.monotonic`.
-Request = Callable[[str, Mapping[str, str], float], Answer]
+Request = Callable[[str, Mapping[str, str], float], "Answer"]
 
 # What a peer-to-peer proxy or mirror is told of a read that nobody waits for (tools 5.4).
 _STREAM_HEADERS = {"X-Dragonfly-Priority": "3", "X-Dragonfly-Prefetch": "true"}

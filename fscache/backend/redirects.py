@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from urllib.parse import parse_qsl, urljoin, urlsplit
 
 from fscache.backend.base import BackendError
-from fscache.backend.transport import split_address
+from fscache.backend.sender import split_address
 
 __all__ = ["Targets", "redirect_target", "same_origin", "seconds_left"]
 

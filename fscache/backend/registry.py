@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from fscache.backend.base import BackendError, BackendMetrics, Unavailable, check_blob_id
@@ -11,9 +12,12 @@ from fscache.backend.breaker import Breaker
 from fscache.backend.distribution import RegistryClient
 from fscache.backend.ranges import RangeReader
 from fscache.backend.redirects import Targets, redirect_target, same_origin
+from fscache.backend.sender import Sender
 from fscache.backend.senders import open_sender
 from fscache.backend.settings import Credentials, RegistryConfig
-from fscache.backend.transport import Answer, Sender
+
+if TYPE_CHECKING:
+    from fscache.backend.transport import Answer
 
 __all__ = ["RegistryBackend"]
 
@@ -62,6 +66,10 @@ class RegistryBackend:
         """Use other credentials for all requests made afterwards."""
         self._client.set_credentials(credentials)
         self._breaker.reset()
+
+    def prepare(self) -> None:
+        """Be ready for a first read; see `Prepares`."""
+        self._sender.prepare()
 
     def close(self) -> None:
         """Close idle connections; one in use is closed by its reader."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from fscache.backend.base import BackendError
+from fscache.backend.direct import DirectSender
+from fscache.backend.sender import Sender
 from fscache.backend.settings import NetworkConfig
-from fscache.backend.transport import Sender, Transport
 
 __all__ = ["open_sender"]
 
@@ -21,7 +22,7 @@ def open_sender(config: NetworkConfig, host: str) -> Sender:
     """
     if config.proxy is not None and config.mirrors:
         raise BackendError("proxy and mirrors cannot be used together")
-    direct = Transport(config)
+    direct = DirectSender(config)
     if config.proxy is not None:
         from fscache.backend.proxy import ProxySender
 

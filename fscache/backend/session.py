@@ -16,17 +16,9 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError, InsecureRequestWarning, MaxRetryError
 
 from fscache.backend.base import BackendError, Unavailable
+from fscache.backend.sender import Body, Sender, host_of
 from fscache.backend.settings import NetworkConfig
-from fscache.backend.transport import (
-    POOL_CONNECTIONS,
-    POOL_HOSTS,
-    Answer,
-    Body,
-    Sender,
-    failure,
-    host_of,
-    tls_context,
-)
+from fscache.backend.transport import POOL_CONNECTIONS, POOL_HOSTS, Answer, failure, tls_context
 
 __all__ = ["SessionSender"]
 
@@ -108,6 +100,9 @@ class SessionSender:
         except (requests.RequestException, HTTPError, OSError) as error:
             raise _translated(error, host_of(url)) from error
         return Answer(response.raw, url)
+
+    def prepare(self) -> None:
+        """Do nothing: the library is loaded."""
 
     def for_secrets(self) -> Sender:
         """Return this sender: it goes the environment's ways only."""

@@ -13,11 +13,10 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http.client import IncompleteRead
 from types import TracebackType
-from typing import Any, Protocol, Self
-from urllib.parse import SplitResult, urlsplit
+from typing import Any, Self
 
 import urllib3
 from urllib3 import HTTPConnectionPool, HTTPHeaderDict, PoolManager, Timeout
@@ -35,20 +34,10 @@ from urllib3.exceptions import (
 from urllib3.response import BaseHTTPResponse
 
 from fscache.backend.base import BackendError, ShortRead, Unavailable
+from fscache.backend.sender import Body, Sender, TlsFailure, host_of
 from fscache.backend.settings import NetworkConfig
 
-__all__ = [
-    "Answer",
-    "Body",
-    "Sender",
-    "TlsFailure",
-    "Transport",
-    "failure",
-    "host_of",
-    "pool_options",
-    "split_address",
-    "tls_context",
-]
+__all__ = ["Answer", "Transport", "failure", "pool_options", "tls_context"]
 
 USER_AGENT = "nydusd/1.0.0"
 # Idle connections to one host that are kept: at least one for each thread that reads.
@@ -60,67 +49,11 @@ PIECE_BYTES = 1 << 18
 # A rest of an unwanted body up to this size is read, so that its connection can be kept.
 DRAIN_BYTES = 1 << 16
 
-# Bytes, or something with a length that can be iterated over more than once.
-Body = bytes | Iterable[bytes]
-
 # The library's own log quotes addresses whole; what concerns a backend is logged by the backend.
 logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 _NUMBER = re.compile(r"\d{1,19}")
 _MAX_RETRY_AFTER = 3600.0
-
-
-class TlsFailure(Unavailable):
-    """A TLS handshake that fails for another reason than the certificate."""
-
-
-class Sender(Protocol):
-    """Something that sends a request and gives the answer with its body unread."""
-
-    def send(
-        self,
-        method: str,
-        url: str,
-        headers: Mapping[str, str],
-        deadline: float,
-        body: Body | None = None,
-    ) -> Answer:
-        """Send one request.
-
-        Args:
-            method: of HTTP.
-            url: absolute; on a unix socket a path.
-            headers: beside the client's own.
-            deadline: of `time.monotonic`.
-            body: of the request.
-
-        Raises:
-            Unavailable: no answer; an answer of any status is returned.
-        """
-
-    def for_secrets(self) -> Sender:
-        """Return the sender for requests whose body or answer is secret."""
-
-    def close(self) -> None:
-        """Drop idle connections and stop checks."""
-
-
-def split_address(text: str, what: str) -> SplitResult:
-    """Split an http(s) address; raise `BackendError` without quoting it."""
-    try:
-        parts = urlsplit(text)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid or not text.isascii() or not text.isprintable() or " " in text:
-        raise BackendError(f"{what} is not an http(s) address")
-    return parts
-
-
-def host_of(url: str) -> str:
-    """Return host and port of an address, for texts."""
-    netloc = url.partition("://")[2].partition("/")[0]
-    return netloc.rpartition("@")[2].partition("?")[0] or "unix socket"
 
 
 class _UnixConnection(HTTPConnection):
@@ -229,6 +162,9 @@ class Transport:
         except (HTTPError, OSError) as error:
             raise failure(error, host_of(url)) from error
         return Answer(response, url)
+
+    def prepare(self) -> None:
+        """Do nothing."""
 
     def for_secrets(self) -> Sender:
         """Return this sender."""

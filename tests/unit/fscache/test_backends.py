@@ -35,7 +35,7 @@ def server():
 @pytest.fixture
 def http(server):
     backend = open_backend(
-        HttpProxyConfig(server.address, "/v2/blobs/", timeout=0.3, transfer_timeout=0.2)
+        HttpProxyConfig(server.address, "/v2/blobs/", timeout=1.5, transfer_timeout=1.0)
     )
     yield backend
     backend.close()

@@ -213,7 +213,7 @@ def test_renewal_that_fails_leaves_the_old_token(server, connect, caplog):
     reader = connect(credentials=CREDENTIALS).open(BLOB)
     assert reader.read_at(0, 10) == DATA[:10]
     server.token_fault = 503
-    token = reader._request.func.__self__._auth._token
+    token = reader._request.func.__self__._client._auth._token
     object.__setattr__(token, "renew_at", 0.0)
     for _ in range(3):
         assert reader.read_at(0, 10) == DATA[:10]

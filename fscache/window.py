@@ -18,14 +18,32 @@ from fscache.chunkmap import ChunkMap
 __all__ = ["Window"]
 
 # What a byte costs when it is fetched, decoded, verified and written, as bytes a second.
-_COST_RATE = 64 << 20
+_COST_RATE = float(64 << 20)
 _SMALLEST = 64 << 10
+# Up to here the time of a request is mostly that of its answer to begin.
+_SHORT = 128 << 10
 # A sweep goes forward, past what was fetched before, and past files that were left out.
 _STEP_CHUNKS = 16
 _SWEEP_STEPS = 8
 _SWEEP_BYTES = 4 << 20
 # A backend that has become slower is believed after some requests.
 _LATENCY_GROWTH = 1.25
+
+
+class _Requests:
+    """What requests of about one size take: the least of late, in seconds, and their mean size.
+
+    Others waited for a core, or for each other.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.size = 0.0
+
+    def add(self, seconds: float, size: int) -> None:
+        known = self.seconds * _LATENCY_GROWTH
+        self.seconds = min(known, seconds) if known else seconds
+        self.size = (3 * self.size + size) / 4 if known else size
 
 
 class Window:
@@ -38,7 +56,8 @@ class Window:
     def __init__(self) -> None:
         self.limit = 0
         self._lock = threading.Lock()
-        self._latency = 0.0
+        self._short = _Requests()
+        self._long = _Requests()
         self._last = -1
         self._steps = 0
         # Up to where a sweep was fetched ahead.
@@ -46,14 +65,22 @@ class Window:
 
     def answered(self, seconds: float, size: int) -> None:
         """Learn how long the backend took for a request of so many bytes."""
-        seconds = max(0.0, seconds - size / _COST_RATE)
         with self._lock:
-            # The smallest of late: others waited for a core, or for each other.
-            known = self._latency * _LATENCY_GROWTH
-            self._latency = min(known, seconds) if known else seconds
+            (self._short if size <= _SHORT else self._long).add(seconds, size)
+
+    def _worth(self) -> float:
+        """Return how many bytes come in the time in which an answer begins.
+
+        Nothing is known of that before there were short requests.
+        """
+        short, long = self._short, self._long
+        rate = _COST_RATE
+        if short.seconds and long.seconds > short.seconds:
+            rate = min(rate, (long.size - short.size) / (long.seconds - short.seconds))
+        return max(0.0, short.seconds * rate - short.size)
 
     def _size(self, steps: int) -> int:
-        size = max(_SMALLEST, int(self._latency * _COST_RATE))
+        size = max(_SMALLEST, int(self._worth()))
         if steps >= _SWEEP_STEPS:
             return min(_SWEEP_BYTES, size << min(steps // _SWEEP_STEPS, 6))
         return min(size, self.limit)

@@ -27,7 +27,7 @@ def chunks(table, tmp_path):
 def make(limit=1 << 20, latency=0.0):
     window = Window()
     window.limit = limit
-    window.answered(latency, 0)
+    window.answered(latency, 1)
     return window
 
 
@@ -78,13 +78,27 @@ def test_the_backend_is_measured(table, chunks):
     window = make(latency=0.02)
     window.answered(0.001, 0)
     assert len(window.around(table, chunks, one(0))) == (64 << 10) // SIZE
-    # Moving the bytes is no latency.
-    for _ in range(50):
-        window.answered(0.02, 2 << 20)
-    assert len(window.around(table, chunks, one(0))) == (64 << 10) // SIZE
     for _ in range(50):
         window.answered(0.02, 0)
     assert len(window.around(table, chunks, one(0))) > 100
+
+
+def test_a_narrow_link_is_not_a_slow_backend(table, chunks):
+    """What takes long because it is long does not get longer."""
+    window = make(latency=0.005)
+    before = len(window.around(table, chunks, one(0)))
+    for _ in range(5):
+        # 10 MB/s, and 5 ms until the answer begins.
+        window.answered(0.005 + 0.0016, 16 << 10)
+        window.answered(0.005 + 0.1, 1 << 20)
+    assert len(window.around(table, chunks, one(0))) == (64 << 10) // SIZE < before
+
+
+def test_long_requests_alone_tell_nothing(table, chunks):
+    window = make()
+    for _ in range(50):
+        window.answered(0.5, 1 << 20)
+    assert len(window.around(table, chunks, one(0))) == (64 << 10) // SIZE
 
 
 def sweep(window, table, chunks, steps, step=1):

@@ -114,6 +114,8 @@ class HostPlugin:
     def __init__(self):
         self.sessions = {}
 
+    # After others have left out what was not selected: a guest runs all that it is given.
+    @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config, items):
         groups = {}
         for item in filter(is_guest_test, items):

@@ -26,7 +26,7 @@ def _blob(data):
     except FormatError:
         return
     for entry in toc.entries:
-        entry.text()
+        assert isinstance(entry.text, str)
     bootstrap = toc.find(SECTION_BOOTSTRAP)
     if bootstrap is not None and bootstrap.uncompressed_size < 1 << 20:
         with contextlib.suppress(NydusError):

@@ -70,14 +70,14 @@ class Child:
         self.process.stdin.write(b"\n")
         self.process.stdin.flush()
 
-    def end(self):
+    def end(self, timeout=TIMEOUT):
         """Wait for the end and return exit status, output and errors."""
-        out, err = self.process.communicate(timeout=TIMEOUT)
+        out, err = self.process.communicate(timeout=timeout)
         return self.process.returncode, out, err
 
-    def finish(self):
+    def finish(self, timeout=TIMEOUT):
         """Return the output of a program that must succeed."""
-        status, out, err = self.end()
+        status, out, err = self.end(timeout)
         assert status == 0, err
         return out
 
@@ -136,7 +136,12 @@ def build_layers(tars, where, **options):
 
 
 class Serving:
-    """Daemons, mounts and readers of one test; `stack` ends all of them, readers first."""
+    """Daemons, mounts and readers of one test; `stack` ends all of them, readers first.
+
+    `patience` is how many seconds a whole tree may take to be read.
+    """
+
+    patience = TIMEOUT
 
     def __init__(self, directory, stack):
         self.directory = directory
@@ -168,7 +173,7 @@ class Serving:
 
     def snapshot(self, top, content=True):
         """Read a mounted tree in a child; check the number of links of every inode."""
-        tree, nlinks = pickle.loads(self.child(_SNAPSHOT, top, content).finish())
+        tree, nlinks = pickle.loads(self.child(_SNAPSHOT, top, content).finish(self.patience))
         wrong = {
             name: got
             for name, got in nlinks.items()

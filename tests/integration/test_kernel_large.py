@@ -68,6 +68,7 @@ LARGE = {
 @pytest.mark.parametrize("case", LARGE)
 @pytest.mark.parametrize("kind", [SourceType.TAR, SourceType.TARFS])
 def test_large_trees(serving, case, kind):
+    serving.patience = 600
     tar = tar_of(
         serving.directory / "large.tar", LARGE[case], lambda number: b"%07d\n" % number * 128
     )

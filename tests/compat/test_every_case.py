@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import re
 
 import pytest
 
+from builder.backends import blob_directory
+from builder.datacheck import check_data
 from erofs import check_image, open_bootstrap, open_rafs
 from erofs.errors import FormatError
-from erofs.inlined import read_inlined_bootstrap
+from erofs.findings import ERROR
+from erofs.inlined import blob_ids, read_inlined_bootstrap
 from erofs.view import View
 from tests.compat import made_cases
 from tests.compat.test_made_by_nydus_image import (
@@ -39,6 +43,7 @@ REFUSED = {
 }
 V5_START = b"\x53\x46\x41\x52\x00\x05\x00\x00"
 EROFS_MAGIC = b"\xe2\xe1\xf5\xe0"
+CASES = "made-by-nydus-image/cases/"
 VALUES = re.compile(r"\[possible values: ([^]]*)\]")
 
 
@@ -124,32 +129,41 @@ def test_unknown_command(workplace):
     assert "For more information, try '--help'." in result.stderr
 
 
-def bootstraps():
-    """Return every bootstrap of either version below the fixtures, packed ones included."""
-    found = {}
+def unpacked_files():
+    """Yield every file of the fixtures by its path, without the packing of large ones."""
     for path in sorted(path for path in FIXTURES.rglob("*") if path.is_file()):
         data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b" and path.suffix == ".gz":
-            data = gzip.decompress(data)
+        name = str(path.relative_to(FIXTURES))
+        if path.suffix == ".gz":
+            yield name, data
+            yield name.removesuffix(".gz"), gzip.decompress(data)
+        else:
+            yield name, data
+
+
+def bootstraps():
+    """Yield (path, bootstrap, file) of either version, also of those inside of their blobs."""
+    for name, data in unpacked_files():
+        found = data
         if data[-255:-250] == b"ustar" and b"image.boot" in data[-16_384:]:
-            data = read_inlined_bootstrap(View(data))
-        if data[:8] == V5_START or data[1024:1028] == EROFS_MAGIC:
-            found[str(path.relative_to(FIXTURES))] = data
-    return found
+            found = read_inlined_bootstrap(View(data))
+        if found[:8] == V5_START or found[1024:1028] == EROFS_MAGIC:
+            yield name, found, data
 
 
 def test_every_bootstrap_is_decoded():
-    """Names, attributes, xattrs and chunks, also of those inside of blobs."""
-    refused = {}
-    known = bootstraps()
-    for name, data in known.items():
+    """Names, attributes, xattrs and chunks."""
+    refused = set()
+    count = 0
+    for name, data, _ in bootstraps():
+        count += 1
         try:
             with open_rafs(data) as image:
                 read_everything(image)
-        except FormatError as error:
-            refused[name] = str(error)
-    assert len(known) > 100
-    assert {re.sub(r".*cases/|\.gz$", "", name) for name in refused} == REFUSED
+        except FormatError:
+            refused.add(name.removeprefix(CASES))
+    assert count > 130
+    assert refused == REFUSED
 
 
 def read_everything(image):
@@ -159,3 +173,35 @@ def read_everything(image):
             inode.readlink()
         elif inode.is_regular:
             assert sum(chunk.uncompressed_size for chunk in image.file_chunks(inode)) == inode.size
+
+
+def test_every_blob_is_decoded(tmp_path):
+    """All chunks of all blobs that the fixtures have, and their tables, by their digests."""
+    for name, data in unpacked_files():
+        if re.fullmatch("[0-9a-f]{64}", name.rpartition("/")[2]):
+            (tmp_path / name.rpartition("/")[2]).write_bytes(data)
+        elif name.endswith((".gz", ".tar")):
+            (tmp_path / hashlib.sha256(data).hexdigest()).write_bytes(data)
+    backend = blob_directory(tmp_path)
+    seen, wrong = set(), {}
+    for name, data, file in bootstraps():
+        if name.removeprefix(CASES) in REFUSED:
+            continue
+        # A bootstrap from inside of its blob, or of its tables, takes their name from its own.
+        place = tmp_path / name.rpartition("/")[2].split(".")[0]
+        is_apart = file is data and name.split("/")[-2] == "b"
+        with open_rafs(data) as image:
+            ids = blob_ids(image, place)
+            if file is not data:
+                place.write_bytes(file)
+            if ids and not is_apart and all((tmp_path / blob_id).exists() for blob_id in ids):
+                seen.add((name, *ids))
+                findings = check_data(image, ids, backend, place)
+                found = [str(finding) for _, finding in findings if finding.severity == ERROR]
+                wrong |= {name: found} if found else {}
+            if len(place.name) != 64:
+                place.unlink(missing_ok=True)
+    # The numbers of a generated dictionary are not the blob's (`fscache.dictionary`).
+    wrong.pop(f"{CASES}chunkdict-generate-versions/use.boot")
+    assert wrong == {}
+    assert len(seen) > 100

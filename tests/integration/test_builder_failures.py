@@ -1,5 +1,6 @@
 """What goes wrong in the middle of a command: one line, the exit status, nothing half-written."""
 
+import contextlib
 import gzip
 import os
 import random
@@ -113,6 +114,37 @@ def test_full_disk(case, full, image, tmp_path):
     assert_told(run(*line.split()), "No space left on device")
     assert os.listdir(full) == []
     assert sorted(os.listdir(image)) == before
+
+
+SMALL_WRITERS = {
+    "merge": "merge -B FULL/boot IMAGE/boot",
+    "report of merge": "merge -B OUT/boot -J FULL/report IMAGE/boot",
+    "report of check": "check -J FULL/report IMAGE/boot",
+    "report of create": "create --type tar-rafs -B OUT/boot -D OUT -J FULL/report TAR",
+    "tarfs": "create --type tar-tarfs -B FULL/boot -D FULL TAR",
+    "statistics": "stat -B IMAGE/boot -J FULL/report",
+    "dictionary": "chunkdict generate -B FULL/boot OUT/image:1/boot",
+}
+
+
+@pytest.mark.root
+@requires("root")
+@pytest.mark.parametrize("case", SMALL_WRITERS)
+def test_disk_without_any_room(case, full, image, tmp_path):
+    out = tmp_path / "out"
+    (out / "image:1").mkdir(parents=True)
+    (out / "image:1/boot").write_bytes((image / "boot").read_bytes())
+    with open(full / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while filler.write(bytes(4096)):
+            pass
+    places = {"FULL": full, "TAR": tmp_path / "layer.tar", "IMAGE": image, "OUT": out}
+    line = re.sub("[A-Z]{2,}", lambda found: str(places[found[0]]), SMALL_WRITERS[case])
+    process = started(*line.split())
+    _, err = process.communicate(timeout=TIMEOUT)
+    lines = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert (process.returncode, len(lines)) == (1, 1), err
+    assert "No space left on device" in lines[0]
+    assert os.listdir(full) == ["filler"]
 
 
 # Input that cannot be read, or is broken.

@@ -9,7 +9,7 @@ from pathlib import Path
 from capabilities import need_tool
 from treecompare import read_tree
 
-__all__ = ["expected_layers", "expected_tar", "extracted_by_fsck"]
+__all__ = ["check_by_fsck", "expected_layers", "expected_tar", "extracted_by_fsck"]
 
 _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"
@@ -109,6 +109,14 @@ def expected_layers(tars: list[Path], directory: Path):
         return read_tree(merged)
     finally:
         subprocess.run(["umount", merged], check=True)
+
+
+def check_by_fsck(image: Path, devices: list[Path]) -> None:
+    """Let fsck.erofs check the image with its data files."""
+    command = [need_tool("fsck.erofs"), *(f"--device={device}" for device in devices), image]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert b"<E>" not in done.stderr + done.stdout
 
 
 def extracted_by_fsck(image: Path, devices: list[Path], top: Path):

@@ -16,7 +16,7 @@ from awkward import make_layers
 from capabilities import need_tool, requires
 from fakes.estargz import estargz
 from fixtures_path import FIXTURES, needs_fixtures
-from judges import expected_layers, expected_tar, extracted_by_fsck
+from judges import check_by_fsck, expected_layers, expected_tar, extracted_by_fsck
 from made_images import Truth, wrong
 from serving import Built
 from treecompare import differences
@@ -112,9 +112,14 @@ def assert_fsck_agrees(serving, daemon, expected):
     boot.write_bytes(daemon.served.bootstrap_file.read_bytes())
     with open_bootstrap(boot) as bootstrap:
         ids = [blob.id for blob in bootstrap.blobs]
+        most = max(blob.chunk_count for blob in bootstrap.blobs)
     devices = [serving.directory / "cache" / f"{blob_id}.blob.data" for blob_id in ids]
     if ids == ["x" * 64]:
         devices = list((serving.directory / "cache").glob("*.blob.data"))
+    if most > 1 << 16:
+        # To extract, version 1.5 takes the upper part of a chunk's number for one of the device's.
+        check_by_fsck(boot, devices)
+        return
     got = extracted_by_fsck(boot, devices, serving.directory / "by-fsck")
     restorable = {
         name: entry._replace(mode=_extracted(entry.mode)) for name, entry in expected.items()

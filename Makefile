@@ -46,8 +46,8 @@ test-long: install ## kill series and large trees, many minutes
 	@$(PYTEST) --ignore=tests/real --ignore=tests/vm -m long $(PYTEST_ARGS)
 
 .PHONY: test-real
-test-real: install ## containers by containerd and nydus-snapshotter; needs root and Go
-	@.ci/packages containerd docker-registry fuse3 runc skopeo
+test-real: install ## containers by containerd and nydus-snapshotter, builds by BuildKit; needs root and Go
+	@.ci/packages containerd docker-registry fuse3 runc skopeo busybox-static
 	@$(BIN)/python -m tests.real.peers
 	@$(PYTEST) tests/real $(PYTEST_ARGS)
 

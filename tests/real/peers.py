@@ -20,15 +20,18 @@ MODULE = Path(__file__).resolve().parents[1] / "peers"
 BUILD_SECONDS = 1800
 _CONTAINERD = "github.com/containerd/containerd/v2/cmd"
 _SNAPSHOTTER = "github.com/containerd/nydus-snapshotter/cmd"
+_BUILDKIT = "github.com/moby/buildkit/cmd"
 _PACKAGES = (
     f"{_CONTAINERD}/containerd",
     f"{_CONTAINERD}/containerd-shim-runc-v2",
     f"{_CONTAINERD}/ctr",
     f"{_SNAPSHOTTER}/containerd-nydus-grpc",
+    f"{_BUILDKIT}/buildkitd",
+    f"{_BUILDKIT}/buildctl",
     "./helpersnapshotter",
 )
 _BUILD = (
-    "build", "-trimpath", "-ldflags=-s -w", "-tags=no_cri,no_btrfs,no_devmapper,no_zfs",
+    "build", "-trimpath", "-ldflags=-s -w", "-tags=no_cri,no_btrfs,no_devmapper,no_zfs,nydus",
 )  # fmt: skip
 
 

@@ -7,20 +7,20 @@ rafs-v6 4.1 to 4.9.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from builder.errors import BuildError
 from erofs import Chunk, blobmeta, codec, framing, rafs
-from erofs.blobmeta import CiFlags, CompressionInfo, CompressionInfoV2, CompressionTableHeader
+from erofs.blobmeta import CiFlags, CompressionInfoV2, CompressionTableHeader
 from erofs.cipher import BlobCipher
 from erofs.contexts import BatchContext, ZranContext
 from erofs.framing import TocEntry
 from erofs.rafs import BlobEntry, BlobFeatures, ChunkFlags, Compressor, Digester
 from erofs.view import align_up
 
-__all__ = ["BlobFormat", "BlobWriter", "CacheSink", "Place", "Stored", "pack_v1"]
+__all__ = ["BlobFormat", "BlobWriter", "CacheSink", "Data", "Place", "Stored", "pack_v1"]
 
 Data = bytes | bytearray | memoryview
 
@@ -118,6 +118,17 @@ class BlobFormat:
         if self.cipher is not None:
             stored = self.cipher.encrypt(stored)
         return Stored(stored, compressed is not None)
+
+    def encode_all(self, pieces: Sequence[bytes]) -> list[Stored]:
+        """Do as `encode` does with each of many pieces."""
+        if self.cipher is not None:
+            return [self.encode(piece) for piece in pieces]
+        return [
+            Stored(piece, False) if compressed is None else Stored(compressed, True)
+            for piece, compressed in zip(
+                pieces, codec.compress_all(self.compressor, pieces), strict=True
+            )
+        ]
 
 
 class BlobWriter:
@@ -378,12 +389,12 @@ class BlobWriter:
 
 def pack_v1(chunk: Chunk) -> bytes:
     """Return the entry of version 1 of a chunk that is placed."""
-    return CompressionInfo(
+    return blobmeta.pack_entry_v1(
         chunk.uncompressed_offset,
-        chunk.uncompressed_size,
+        chunk.uncompressed_size - 1,
         chunk.compressed_offset,
-        chunk.compressed_size,
-    ).pack()
+        chunk.compressed_size - 1,
+    )
 
 
 _TOC_FLAGS = {

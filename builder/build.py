@@ -34,7 +34,7 @@ from builder.stargz import read_toc
 from builder.tarfs import index_tar
 from erofs import BootstrapSpec, Node, write_bootstrap
 from erofs.rafs import INLINED_BLOB_ID, BlobEntry, BlobFeatures, Compressor, Digester
-from erofs.tree import iter_names
+from erofs.tree import iter_directories
 
 __all__ = ["BuildOptions", "BuildResult", "SourceType", "build", "write_bootstrap_file"]
 
@@ -201,11 +201,13 @@ class _Builder:
 
 def _settle_file_offsets(root: Node, chunk_size: int) -> int:
     """Give each chunk the offset of its last visited reference (spec 2.5); count the names."""
-    names = 0
-    for _, _, node in iter_names(root):
-        names += 1
-        for number, chunk in enumerate(node.chunks):
-            chunk.file_offset = number * chunk_size
+    names = 1
+    for _, directory in iter_directories(root):
+        children = directory.node.entries
+        names += len(children)
+        for name in directory.names:
+            for number, chunk in enumerate(children[name].chunks):
+                chunk.file_offset = number * chunk_size
     return names
 
 

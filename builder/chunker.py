@@ -7,40 +7,59 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
-from builder.blob import BlobFormat, BlobWriter, Stored
+from builder.blob import BlobFormat, BlobWriter, Place, Stored
 from builder.blobtable import BlobTable
 from builder.chunkdict import ChunkDictionary
 from builder.packer import Packer
 from erofs import Chunk, Node, digest
 
-__all__ = ["Chunker", "ContentReader", "Deduplication", "Worked"]
+__all__ = ["Chunker", "ContentReader", "Deduplication", "Piece", "Worked"]
 
-# A hop to another thread costs about 25 µs, so little chunks are worked on in place.
-INLINE_BYTES = 32 * 1024
-IN_FLIGHT_BYTES = 32 * 1024 * 1024
+# A hop to another thread costs about 25 µs, so workers get this much of small pieces at once.
+SPAN_BYTES = 1 << 20
+SPAN_PIECES = 512
+IN_FLIGHT_BYTES = 32 << 20
 
 
 class ContentReader(Protocol):
     """What gives a file's content, front to back."""
 
-    def readinto(self, buffer: memoryview) -> int:
-        """Fill as much of `buffer` as there is; raise when the source ends too early."""
+    def read(self, length: int, /) -> bytes:
+        """Return as many bytes; raise when the source ends too early."""
+
+
+class Piece(NamedTuple):
+    """The content of a chunk, and the file that it is of.
+
+    `is_small` is for those that go into a batch; `place` for what is in a layer already.
+    """
+
+    node: Node
+    data: bytes
+    is_small: bool = False
+    place: Place | None = None
 
 
 class Worked(NamedTuple):
-    """A chunk that a worker has looked at; `stored` is None where that is not needed yet."""
+    """What a worker has found out of a piece; `stored` is None where that is not needed yet."""
 
-    data: bytearray
     digest: bytes
     crc32c: int
     stored: Stored | None
+
+
+class _Span(NamedTuple):
+    """Pieces that are worked on together."""
+
+    pieces: Sequence[Piece]
+    size: int
+    job: Future[list[Worked]]
 
 
 @dataclass(slots=True)
@@ -67,18 +86,7 @@ class Deduplication:
 
     def new_chunk(self, digest: bytes, size: int, crc32c: int = 0) -> Chunk:
         """Return a chunk of the image's own blob that has no place yet."""
-        return Chunk(
-            digest=digest,
-            blob_index=self.table.own(),
-            flags=0,
-            compressed_size=0,
-            uncompressed_size=size,
-            compressed_offset=0,
-            uncompressed_offset=0,
-            file_offset=0,
-            chunk_index=0,
-            crc32c=crc32c,
-        )
+        return Chunk(digest, self.table.own(), 0, 0, size, 0, 0, 0, 0, crc32c)
 
 
 @dataclass(slots=True)
@@ -101,7 +109,7 @@ class Chunker:
         blob: takes the new chunks.
         form: how they are digested and stored.
         dedup: what is known before.
-        progress: called with the number of bytes after each chunk.
+        progress: called with the number of bytes after each span of chunks.
         workers: threads; the output does not depend on it.
     """
 
@@ -116,7 +124,9 @@ class Chunker:
         self._form = form
         self._dedup = dedup or Deduplication()
         self._progress = progress
-        self._queue: deque[tuple[Node, int, Future[Worked] | Worked]] = deque()
+        self._pieces: list[Piece] = []
+        self._size = 0
+        self._queue: deque[_Span] = deque()
         self._in_flight = 0
         self._pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, "chunker")
         self._packer = Packer(blob, form, self._pool)
@@ -132,56 +142,80 @@ class Chunker:
         is_small = rest < self._form.batch_size // 2
         while rest:
             size = min(rest, chunk_size)
-            data = bytearray(size)
-            content.readinto(memoryview(data))
-            self._submit(node, data, partial(self._work, data, is_small))
+            self.add_piece(Piece(node, content.read(size), is_small))
             rest -= size
 
-    def _submit(self, node: Node, data: bytearray, work: Callable[[], Worked]) -> None:
-        job: Future[Worked] | Worked
-        job = work() if len(data) <= INLINE_BYTES else self._pool.submit(work)
-        self._queue.append((node, len(data), job))
-        self._in_flight += len(data)
-        while self._in_flight > IN_FLIGHT_BYTES or (self._queue and _is_done(self._queue[0][2])):
+    def add_piece(self, piece: Piece) -> None:
+        """Add the next chunk of a file; raise `BuildError`."""
+        self._pieces.append(piece)
+        self._size += len(piece.data)
+        if self._size >= SPAN_BYTES or len(self._pieces) >= SPAN_PIECES:
+            self._submit()
+
+    def _submit(self) -> None:
+        pieces, size = self._pieces, self._size
+        self._pieces, self._size = [], 0
+        self._queue.append(_Span(pieces, size, self._pool.submit(self._work, pieces)))
+        self._in_flight += size
+        while self._queue and (self._in_flight > IN_FLIGHT_BYTES or self._queue[0].job.done()):
             self._consume()
 
-    def _work(self, data: bytearray, is_small: bool) -> Worked:
-        view = memoryview(data)
-        name = digest.digest(self._form.digester, view)
+    def _work(self, pieces: Sequence[Piece]) -> list[Worked]:
+        known, find_digest = self._dedup.known, digest.function(self._form.digester)
+        keys = [(find_digest(piece.data), len(piece.data)) for piece in pieces]
         # Chunks only ever become known, so a hit here stays one; a miss is looked at again.
-        if (name, len(data)) in self._dedup.known:
-            return Worked(data, name, 0, None)
         # What goes into a batch is encoded with it.
-        stored = None if is_small else self._form.encode(view)
-        return Worked(data, name, digest.crc32c(view), stored)
+        first: set[tuple[bytes, int]] = set()
+        fresh = []
+        for number, key in enumerate(keys):
+            if key not in known and key not in first:
+                first.add(key)
+                fresh.append(number)
+        found = self._store([pieces[number] for number in fresh])
+        result = [Worked(name, 0, None) for name, _ in keys]
+        for number, stored in zip(fresh, found, strict=True):
+            crc = digest.crc32c(pieces[number].data)
+            result[number] = Worked(keys[number][0], crc, stored)
+        return result
+
+    def _store(self, pieces: Sequence[Piece]) -> list[Stored | None]:
+        """Return what is to be stored for pieces that may be new."""
+        alone = [piece.data for piece in pieces if not piece.is_small]
+        found = iter(self._form.encode_all(alone))
+        return [None if piece.is_small else next(found) for piece in pieces]
 
     def _consume(self) -> None:
-        node, size, job = self._queue.popleft()
-        worked = job.result() if isinstance(job, Future) else job
+        pieces, size, job = self._queue.popleft()
+        found, known, add_chunk = self._dedup.find, self._dedup.known, self._new_chunk
+        stats = self.stats
+        for piece, worked in zip(pieces, job.result(), strict=True):
+            length = len(piece.data)
+            key = (worked.digest, length)
+            chunk = found(key)
+            if chunk is None:
+                chunk = known[key] = add_chunk(piece.data, worked)
+            else:
+                stats.duplicate_chunks += 1
+                stats.duplicate_bytes += length
+            piece.node.chunks.append(chunk)
         self._in_flight -= size
-        self.stats.chunks += 1
-        self.stats.content_bytes += size
-        key = (worked.digest, size)
-        chunk = self._dedup.find(key)
-        if chunk is None:
-            chunk = self._dedup.known[key] = self._new_chunk(worked)
-        else:
-            self.stats.duplicate_chunks += 1
-            self.stats.duplicate_bytes += size
-        node.chunks.append(chunk)
+        stats.chunks += len(pieces)
+        stats.content_bytes += size
         if self._progress is not None:
             self._progress(size)
 
-    def _new_chunk(self, worked: Worked) -> Chunk:
-        chunk = self._dedup.new_chunk(worked.digest, len(worked.data), worked.crc32c)
+    def _new_chunk(self, data: bytes, worked: Worked) -> Chunk:
+        chunk = self._dedup.new_chunk(worked.digest, len(data), worked.crc32c)
         if worked.stored is None:
-            self._packer.add_small(chunk, worked.data)
+            self._packer.add_small(chunk, data)
         else:
-            self._packer.add(chunk, worked.data, worked.stored)
+            self._packer.add(chunk, data, worked.stored)
         return chunk
 
     def finish(self) -> None:
         """Wait for all chunks to be in the blob."""
+        if self._pieces:
+            self._submit()
         while self._queue:
             self._consume()
         self._packer.finish()
@@ -196,7 +230,3 @@ class Chunker:
         trace: TracebackType | None,
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _is_done(job: Future[Worked] | Worked) -> bool:
-    return not isinstance(job, Future) or job.done()

@@ -17,7 +17,7 @@ from builder.prefetch import PrefetchPolicy, find_node, parse_patterns, pattern_
 from builder.source.options import WhiteoutSpec
 from erofs import AnyBootstrap, Bootstrap, BootstrapSpec, Node, write_bootstrap
 from erofs.rafs import BlobEntry, BlobFeatures, Compressor, SuperFlags
-from erofs.tree import iter_names
+from erofs.tree import iter_directories
 
 __all__ = ["InconsistentLayers", "MergeOptions", "merge"]
 
@@ -167,15 +167,18 @@ class _Merger:
         numbers: dict[int, int] = {}
         table: dict[bytes, BlobEntry] = {}
         settled: set[int] = set()
-        for _, _, node in iter_names(root):
-            for chunk in node.chunks:
-                if id(chunk) in settled:
-                    continue
-                settled.add(id(chunk))
-                number = numbers.get(chunk.blob_index)
-                if number is None:
-                    number = numbers[chunk.blob_index] = _enter(table, known[chunk.blob_index])
-                chunk.blob_index = number
+        for _, directory in iter_directories(root):
+            children = directory.node.entries
+            for name in directory.names:
+                for chunk in children[name].chunks:
+                    if id(chunk) in settled:
+                        continue
+                    settled.add(id(chunk))
+                    number = numbers.get(chunk.blob_index)
+                    if number is None:
+                        blob = known[chunk.blob_index]
+                        number = numbers[chunk.blob_index] = _enter(table, blob)
+                    chunk.blob_index = number
         return list(table.values())
 
 

@@ -10,7 +10,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from builder.blob import BlobFormat, BlobWriter, Stored
+from builder.blob import BlobFormat, BlobWriter, Data, Stored
 from erofs import Chunk
 from erofs.cipher import UNIT
 
@@ -36,7 +36,7 @@ class _Batch:
 @dataclass(slots=True)
 class _Alone:
     chunk: Chunk
-    data: bytearray
+    data: Data
     stored: Stored
 
     is_done = True
@@ -59,19 +59,23 @@ class Packer:
         self._queue: deque[_Batch | _Alone] = deque()
         self._in_flight = 0
 
-    def add(self, chunk: Chunk, data: bytearray, stored: Stored) -> None:
+    def add(self, chunk: Chunk, data: Data, stored: Stored) -> None:
         """Add a chunk that is stored by itself; raise `BuildError`."""
-        self._end_batch()
-        self._add_alone(chunk, data, stored)
+        if self._batch.chunks:
+            self._end_batch()
+        if self._queue:
+            self._add_alone(chunk, data, stored)
+        else:
+            self._blob.add_chunk(chunk, data, stored)
 
-    def _add_alone(self, chunk: Chunk, data: bytearray, stored: Stored) -> None:
+    def _add_alone(self, chunk: Chunk, data: Data, stored: Stored) -> None:
         if self._queue:
             self._wait_for_room(len(data))
             self._queue.append(_Alone(chunk, data, stored))
         else:
             self._blob.add_chunk(chunk, data, stored)
 
-    def add_small(self, chunk: Chunk, data: bytearray) -> None:
+    def add_small(self, chunk: Chunk, data: Data) -> None:
         """Add a chunk of less than half a batch to the current one; raise `BuildError`."""
         if len(self._batch.data) + len(data) >= self._form.batch_size:
             self._end_batch()

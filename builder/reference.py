@@ -5,12 +5,12 @@ The layer is a tar, or a gzip file with one; it is read once, front to back.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 from builder.blob import BlobFormat, BlobWriter, CacheSink, Data, Place, Sink, Stored, pack_v1
-from builder.chunker import Chunker, ChunkerStats, ContentReader, Deduplication, Worked
+from builder.chunker import Chunker, ChunkerStats, ContentReader, Deduplication, Piece
 from builder.errors import BuildError
 from builder.source.measuring import MeasuredStream
 from builder.source.opening import drain, open_source, source_name
@@ -19,7 +19,7 @@ from builder.source.tar import load_tar
 from builder.source.unpacking import is_gzip, is_zstd
 from builder.stargz import StargzToc
 from builder.zran import ZranStream
-from erofs import Chunk, Node, codec, digest
+from erofs import Chunk, Node, codec
 from erofs.blobmeta import MAX_COMPRESSED_SIZE_V2, CiFlags, CompressionInfoV2
 from erofs.rafs import MAX_COMPRESSED_SIZE, BlobEntry, BlobFeatures, ChunkFlags, Compressor
 
@@ -176,18 +176,16 @@ class ReferenceChunker(Chunker):
         rest, chunk_size = node.size, self._form.chunk_size
         while rest:
             size = min(rest, chunk_size)
-            data = bytearray(size)
             self.places.begin_chunk()
-            content.readinto(memoryview(data))
-            self._submit(node, data, partial(self._refer, data, self.places.end_chunk()))
+            data = content.read(size)
+            self.add_piece(Piece(node, data, place=self.places.end_chunk()))
             rest -= size
 
-    def _refer(self, data: bytearray, place: Place) -> Worked:
-        view = memoryview(data)
-        name = digest.digest(self._form.digester, view)
-        return Worked(
-            data, name, digest.crc32c(view), Stored(b"", place.context is not None, place)
-        )
+    def _store(self, pieces: Sequence[Piece]) -> list[Stored | None]:
+        return [
+            None if place is None else Stored(b"", place.context is not None, place)
+            for place in (piece.place for piece in pieces)
+        ]
 
 
 def refer_to_members(

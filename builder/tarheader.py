@@ -13,6 +13,7 @@ import struct
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
+from zlib import adler32
 
 from builder.errors import TarError
 from builder.tarpax import PaxFields, decode_pax
@@ -62,14 +63,17 @@ _KINDS = {
     ord("D"): stat.S_IFDIR,
     TYPE_GNU_SPARSE: stat.S_IFREG,
 }
+_PLAIN_KINDS = {kind: _KINDS[kind] for kind in (0, *b"025")}
 # POSIX gives these no content whatever their size field says; GNU tar, Go and Python agree.
 _WITHOUT_CONTENT = frozenset(b"123456")
 _REFUSED = {
     ord("M"): "unsupported multi-volume archive: this is the rest of a file of another volume",
 }
 
-# name, mode, uid, gid, size, mtime, checksum, type, link name, magic, device major, minor, prefix
-_HEADER = struct.Struct("100s8s8s8s12s12s8sB100s6s2x64x8s8s155s12x")
+# name, mode with owner, size, mtime, checksum, type, link, magic, device major, minor, prefix
+_HEADER = struct.Struct("100s24s12s12s8sB100s6s2x64x8s8s155s12x")
+_MODE_AND_OWNER = struct.Struct("8s8s8s")
+_HALF_BLOCK = BLOCK_SIZE // 2
 _SIGNED_BLOCK = struct.Struct("512b")
 # Behind GNU's time fields: four extents, "more follow", size of the whole file.
 _SPARSE_FIELDS = struct.Struct("386x96sB12s17x")
@@ -148,24 +152,25 @@ def parse_header(block: bytes) -> TarHeader:
     Raises:
         TarError: wrong checksum, or a number that is none or out of its range.
     """
-    (name, mode, uid, gid, size, mtime, checksum, kind, link, magic, major, minor, prefix) = (
+    (name, mode_and_owner, size, mtime, checksum, kind, link, magic, major, minor, prefix) = (
         _HEADER.unpack(block)
     )
     _verify_checksum(block, checksum)
     path = name.split(b"\0", 1)[0]
     # GNU's magic is "ustar " and v7 has none: both use the prefix field for other things.
-    if magic == _USTAR_MAGIC and prefix[0]:
+    if prefix[0] and magic == _USTAR_MAGIC:
         if block[_STAR_TRAILER_PLACE] == _STAR_TRAILER:
             prefix = prefix[:_STAR_PREFIX_SIZE]
         path = prefix.split(b"\0", 1)[0] + b"/" + path
     try:
+        mode, uid, gid = _decode_mode_and_owner(mode_and_owner)
         found = TarHeader(
             path,
             kind,
-            link.split(b"\0", 1)[0],
-            _number(mode, "mode", _MAX_U32),
-            _number(uid, "uid", _MAX_U32),
-            _number(gid, "gid", _MAX_U32),
+            link.split(b"\0", 1)[0] if link[0] else b"",
+            mode,
+            uid,
+            gid,
             _modification_time(mtime),
             _number(size, "size", _MAX_SIZE),
             (major, minor),
@@ -200,7 +205,9 @@ def _extents(area: bytes) -> list[Extent]:
 def _verify_checksum(block: bytes, field: bytes) -> None:
     """Raise `TarError` unless the block has its checksum, whose own field counts as spaces."""
     blank = 8 * ord(" ")
-    computed = sum(block) - sum(field) + blank
+    # Adler-32 has the sum of the bytes plus one, which of half a block is below its modulus.
+    total = (adler32(block[:_HALF_BLOCK]) & 0xFFFF) + (adler32(block[_HALF_BLOCK:]) & 0xFFFF) - 2
+    computed = total - sum(field) + blank
     if field == b"%06o\0 " % computed:
         return
     stored = _number(field, "checksum", _MAX_U32)
@@ -212,6 +219,16 @@ def _verify_checksum(block: bytes, field: bytes) -> None:
 
 
 # Archives repeat the same few modes, owners and times.
+@lru_cache(1024)
+def _decode_mode_and_owner(fields: bytes) -> tuple[int, int, int]:
+    mode, uid, gid = _MODE_AND_OWNER.unpack(fields)
+    return (
+        _number(mode, "mode", _MAX_U32),
+        _number(uid, "uid", _MAX_U32),
+        _number(gid, "gid", _MAX_U32),
+    )
+
+
 @lru_cache(1024)
 def _number(field: bytes, what: str, maximum: int) -> int:
     """Decode a number field: octal text or, with the top bit set, GNU base-256; blank is 0."""
@@ -277,6 +294,10 @@ def build_member(
     Raises:
         TarError: unsupported type, or unparsable PAX or device number.
     """
+    if not (pax or long_name or long_link or sparse):
+        member = _plain_member(header, offset)
+        if member is not None:
+            return member
     path = _name(header.path, long_name, pax, b"path")
     if SPARSE_NAME in pax:
         path = _name(path, None, pax, SPARSE_NAME)
@@ -318,6 +339,24 @@ def build_member(
         offset,
         size,
         sparse,
+    )
+
+
+def _plain_member(header: TarHeader, offset: int) -> TarMember | None:
+    """Return a file, directory or symlink that its header describes alone; None for others.
+
+    Most members are, so that they are spared all the questions.
+    """
+    path, header_type, link, mode, uid, gid, mtime, size, *_ = header
+    kind = _PLAIN_KINDS.get(header_type)
+    if kind is None or (path.endswith(b"/") and kind == stat.S_IFREG):
+        return None
+    if kind != stat.S_IFREG:
+        size = 0
+    if kind != stat.S_IFLNK:
+        link = b""
+    return TarMember(
+        path, kind, False, link, mode & 0o7777, uid, gid, mtime, None, 0, 0, size, {}, offset, size
     )
 
 

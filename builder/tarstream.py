@@ -105,12 +105,13 @@ class TarStream:
         Raises:
             TarError: the stream ends inside the member.
         """
-        length = min(length, self._left)
-        if length <= 0:
-            return b""
-        data = bytearray(length)
-        self.readinto(memoryview(data))
-        return bytes(data)
+        if self._extents is None:
+            data = self._exactly(max(0, min(length, self._remaining)), "content")
+            self._remaining -= len(data)
+            return data
+        buffer = bytearray(max(0, min(length, self._left)))
+        self._expand(memoryview(buffer), self._extents)
+        return bytes(buffer)
 
     def readinto(self, buffer: memoryview) -> int:
         """Fill a buffer of bytes from the current member, return how many there were.
@@ -162,8 +163,10 @@ class TarStream:
             self._file_position += len(piece)
 
     def _next_member(self) -> TarMember | None:
-        self._skip(self._remaining, "content")
-        self._skip(self._padding, "padding")
+        if self._remaining:
+            self._skip(self._remaining, "content")
+        if self._padding:
+            self._skip(self._padding, "padding")
         self._remaining = self._padding = 0
         self._extents = None
         self._entry = None
@@ -183,7 +186,7 @@ class TarStream:
             header,
             bodies.get(TYPE_LONG_NAME),
             bodies.get(TYPE_LONG_LINK),
-            self._global_records | local_records,
+            self._global_records | local_records if self._global_records else local_records,
             self._position,
             old_map,
         )
@@ -286,15 +289,16 @@ class TarStream:
         data = self._stream.read(length)
         if len(data) == length or not data:
             return data
-        parts = [data]
-        missing = length - len(data)
-        while missing:
-            data = self._stream.read(missing)
-            if not data:
+        # Of a stream that gives little at once, as one that stops at the ends of blocks.
+        buffer = memoryview(bytearray(length))
+        filled = len(data)
+        buffer[:filled] = data
+        while filled < length:
+            count = self._stream.readinto(buffer[filled:])
+            if not count:
                 break
-            parts.append(data)
-            missing -= len(data)
-        return b"".join(parts)
+            filled += count
+        return bytes(buffer[:filled])
 
     def _skip(self, count: int, what: str) -> None:
         while count:

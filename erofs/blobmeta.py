@@ -52,11 +52,20 @@ class CompressionInfo(NamedTuple):
 
     def pack(self) -> bytes:
         """Encode the entry: sizes are stored minus one, their top four bits apart."""
-        usize, csize = self.uncompressed_size - 1, self.compressed_size - 1
-        return _CI_ENTRY_V1.pack(
-            self.uncompressed_offset | (usize & 0xFFFFF) << 44 | (usize >> 20) << 8,
-            self.compressed_offset | (csize & 0xFFFFF) << 44 | (csize >> 20) << 40,
+        return pack_entry_v1(
+            self.uncompressed_offset,
+            self.uncompressed_size - 1,
+            self.compressed_offset,
+            self.compressed_size - 1,
         )
+
+
+def pack_entry_v1(offset: int, usize: int, stored_offset: int, csize: int) -> bytes:
+    """Encode an entry of version 1 from the fields of `CompressionInfo`, sizes minus one."""
+    return _CI_ENTRY_V1.pack(
+        offset | (usize & 0xFFFFF) << 44 | (usize >> 20) << 8,
+        stored_offset | (csize & 0xFFFFF) << 44 | (csize >> 20) << 40,
+    )
 
 
 def parse_entries_v1(table: memoryview) -> list[CompressionInfo]:

@@ -10,10 +10,12 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
+from operator import attrgetter
 from typing import NamedTuple
 
 from erofs import layout
 from erofs.blobmeta import CI_ALIGNMENT, chunk_data_size
+from erofs.errors import NydusError
 from erofs.findings import ERROR, WARNING, Collector, Finding
 from erofs.rafs import CHUNK_INFO_SIZE, BlobEntry, BlobFeatures, ChunkFlags, ChunkInfo
 from erofs.rafs import SuperFlags as Flags
@@ -25,6 +27,9 @@ from erofs.view import align_up
 __all__ = ["ERROR", "WARNING", "Collector", "Finding", "check_image"]
 
 _DICTIONARY_NAME = b"chunkdict"
+_DOTS = frozenset((b".", b".."))
+_KIND_MASK = stat.S_IFMT(0xFFFF)
+_ENCODED = int(ChunkFlags.COMPRESSED | ChunkFlags.ENCRYPTED | ChunkFlags.BATCH)
 
 
 class _Links(NamedTuple):
@@ -42,14 +47,20 @@ class _TreeCheck:
         self.image = image
         self.out = out
         self.links: dict[int, _Links] = {}
-        self.names: Counter[int] = Counter()
+        # Of inodes that have one more than their first; all of them together; of directories.
+        self.more_names: dict[int, int] = {}
+        self.names = 0
         self.subdirectories: Counter[int] = Counter()
         self.has_xattr = False
         self._claimed = 0
+        self._is_bootstrap = isinstance(image, Bootstrap)
+        self._with_chunks: Bootstrap | None = None
 
     def run(self) -> Iterator[Finding]:
-        root = self.image.root
-        self.names[root.nid] = 1
+        image, root = self.image, self.image.root
+        if isinstance(image, Bootstrap) and not _is_dictionary(image):
+            self._with_chunks = image
+        self.names = 1
         stack = []
         if self._inode(b"/", root):
             stack.append((b"/", root, root.nid))
@@ -58,9 +69,10 @@ class _TreeCheck:
             prefix = path if path == b"/" else path + b"/"
             children = []
             for entry in self._entries(path, directory, parent):
-                child = self._child(prefix + entry.name, directory, entry)
+                name = prefix + entry.name
+                child = self._child(name, directory, entry)
                 if child is not None:
-                    children.append((prefix + entry.name, child, directory.nid))
+                    children.append((name, child, directory.nid))
             stack.extend(reversed(children))
             yield from self.out.drain()
             if self._claimed > self.image.view.length:
@@ -76,18 +88,20 @@ class _TreeCheck:
         dots = {b".": directory.nid, b"..": parent}
         with out.guard(path):
             for entry in directory.entries():
-                if entry.name == previous:
-                    out.error(f"name {entry.name!r} twice in the directory", path)
-                elif entry.name < previous:
-                    out.error(f"name {entry.name!r} behind {previous!r}", path)
-                previous = entry.name
-                if entry.name not in (b".", b".."):
+                name = entry.name
+                if name <= previous:
+                    if name == previous:
+                        out.error(f"name {name!r} twice in the directory", path)
+                    else:
+                        out.error(f"name {name!r} behind {previous!r}", path)
+                previous = name
+                if name not in _DOTS:
                     yield entry
                     continue
-                expected = dots.pop(entry.name, entry.nid)
+                expected = dots.pop(name, entry.nid)
                 if entry.nid != expected or entry.file_type != layout.FT_DIRECTORY:
                     out.error(
-                        f"entry {entry.name!r} is wrong: expected nid {expected}, got {entry.nid}"
+                        f"entry {name!r} is wrong: expected nid {expected}, got {entry.nid}"
                         f" of type {entry.file_type}",
                         path,
                     )
@@ -96,44 +110,51 @@ class _TreeCheck:
 
     def _child(self, path: bytes, directory: Inode, entry: DirectoryEntry) -> Inode | None:
         """Check what an entry points to; return it if it is a directory still to be walked."""
-        out = self.out
-        self.names[entry.nid] += 1
-        known = self.links.get(entry.nid)
-        if known is not None and known.is_dir:
-            out.error(f"directory met twice, first as {known.path!r}", path)
-            return None
-        inode = None
-        with out.guard(path):
-            inode = self.image.inode(entry.nid)
-        if inode is None:
+        out, nid = self.out, entry.nid
+        self.names += 1
+        known = self.links.get(nid)
+        if known is not None:
+            self.more_names[nid] = self.more_names.get(nid, 0) + 1
+            if known.is_dir:
+                out.error(f"directory met twice, first as {known.path!r}", path)
+                return None
+        try:
+            inode = self.image.inode(nid)
+        except NydusError as error:
+            out.take(error, path)
             self.subdirectories[directory.nid] += entry.file_type == layout.FT_DIRECTORY
             return None
-        self.subdirectories[directory.nid] += inode.is_dir
-        expected = layout.FILE_TYPES[stat.S_IFMT(inode.mode)]
+        expected = layout.FILE_TYPES[inode.mode & _KIND_MASK]
+        is_dir = expected == layout.FT_DIRECTORY
+        if is_dir:
+            self.subdirectories[directory.nid] += 1
         if entry.file_type != expected:
             out.error(f"file type of the entry: expected {expected}, got {entry.file_type}", path)
         if known is not None or not self._inode(path, inode):
             return None
-        return inode if inode.is_dir else None
+        return inode if is_dir else None
 
     def _inode(self, path: bytes, inode: Inode) -> bool:
         """Check an inode that is met for the first time; return whether its data is in place."""
-        out = self.out
-        self.links[inode.nid] = _Links(path, inode.nlink, inode.is_dir)
+        out, kind = self.out, inode.mode & _KIND_MASK
+        self.links[inode.nid] = _Links(path, inode.nlink, kind == stat.S_IFDIR)
         self._claimed += inode.record_size + inode.xattr_size
         if inode.mtime_nsec >= 1_000_000_000:
             out.warn(f"impossible nanoseconds {inode.mtime_nsec}", path, inode.offset)
-        self._xattrs(path, inode)
-        with out.guard(path):
-            if inode.is_regular:
+        if inode.xattr_size:
+            self._xattrs(path, inode)
+        try:
+            if kind == stat.S_IFREG:
                 self._regular(path, inode)
-            elif inode.is_dir or inode.is_symlink:
+            elif kind in (stat.S_IFDIR, stat.S_IFLNK):
                 inode.flat_parts()
                 self._claimed += inode.size
-                if inode.is_symlink:
+                if kind == stat.S_IFLNK:
                     self._symlink(path, inode)
-            return True
-        return False
+        except NydusError as error:
+            out.take(error, path)
+            return False
+        return True
 
     def _symlink(self, path: bytes, inode: Inode) -> None:
         target = inode.readlink()
@@ -152,35 +173,33 @@ class _TreeCheck:
     def _regular(self, path: bytes, inode: Inode) -> None:
         image, out = self.image, self.out
         if inode.layout != layout.LAYOUT_CHUNK_BASED:
-            if isinstance(image, Bootstrap):
+            if self._is_bootstrap:
                 out.error("regular file that is not in chunks", path, inode.offset)
             inode.flat_parts()
             return
         start, count = inode.index_area()
         self._claimed += count * layout.CHUNK_INDEX_SIZE
         known = len(image.devices)
-        for number, index in enumerate(inode.chunk_indexes()):
+        for number, (key, block) in enumerate(inode.raw_indexes()):
             offset = start + number * layout.CHUNK_INDEX_SIZE
-            if index.blkaddr == layout.NULL_BLOCK:
-                if isinstance(image, Bootstrap):
+            if block == layout.NULL_BLOCK:
+                if self._is_bootstrap:
                     out.error("hole, which nydusd does not know", path, offset)
-                continue
-            if not -1 <= index.blob_index < known:
-                out.error(f"chunk {number}: no device {index.blob_index + 1}", path, offset)
-        if isinstance(image, Bootstrap) and not _is_dictionary(image):
-            self._chunks(path, inode, image)
+            elif key >> 16 & 0xFF > known:
+                out.error(f"chunk {number}: no device {key >> 16 & 0xFF}", path, offset)
+        if count and self._with_chunks is not None:
+            self._chunks(path, inode, self._with_chunks)
 
     def _chunks(self, path: bytes, inode: Inode, image: Bootstrap) -> None:
         """Check a file's chunks against the tables, and what the kernel will make of them."""
-        indexes = list(inode.chunk_indexes())
         for _ in image.file_chunks(inode):
             pass
-        if inode.chunk_size == image.chunk_size or inode.size <= image.chunk_size:
+        if inode.size <= image.chunk_size or inode.chunk_size == image.chunk_size:
             return
         step = image.chunk_size // image.block_size
         adjacent = all(
             left.blob_index == right.blob_index and left.blkaddr + step == right.blkaddr
-            for left, right in pairwise(indexes)
+            for left, right in pairwise(inode.chunk_indexes())
         )
         if inode.chunk_size < inode.size or not adjacent:
             self.out.error(
@@ -189,7 +208,7 @@ class _TreeCheck:
 
     def _check_links(self) -> None:
         for nid, (path, nlink, is_dir) in self.links.items():
-            expected = 2 + self.subdirectories[nid] if is_dir else self.names[nid]
+            expected = 2 + self.subdirectories[nid] if is_dir else 1 + self.more_names.get(nid, 0)
             if nlink != expected:
                 self.out.error(f"link count: expected {expected}, got {nlink}", path)
 
@@ -240,7 +259,7 @@ def _check_superblock(image: Bootstrap, tree: _TreeCheck, out: Collector) -> Non
         out.error(f"blocks of an image without blobs: expected 0, got {superblock.blocks}")
     elif superblock.blocks != blocks:
         out.warn(f"blocks of the superblock: expected {blocks}, got {superblock.blocks}")
-    names = tree.names.total()
+    names = tree.names
     if superblock.inos != names:
         out.warn(f"number of inodes: expected {names}, got {superblock.inos}")
     if tree.has_xattr and Flags.HAS_XATTR not in image.flags:
@@ -250,21 +269,42 @@ def _check_superblock(image: Bootstrap, tree: _TreeCheck, out: Collector) -> Non
             out.error(f"prefetch table names nid {nid}, which is not in the tree")
 
 
-def _check_chunk_info(info: ChunkInfo, blob: BlobEntry, chunk_size: int) -> str | None:
+class _ChunkLimits(NamedTuple):
+    """What the blob of a chunk permits it."""
+
+    chunk_count: int
+    uncompressed_end: int
+    data_size: int
+    is_external: bool
+    has_batches: bool
+
+
+def _limits(blob: BlobEntry) -> _ChunkLimits:
+    return _ChunkLimits(
+        blob.chunk_count,
+        align_up(blob.uncompressed_size, CI_ALIGNMENT),
+        chunk_data_size(blob),
+        # External chunks have no digests, and lie wherever their blob has them.
+        bool(blob.features & BlobFeatures.EXTERNAL),
+        bool(blob.features & BlobFeatures.BATCH),
+    )
+
+
+def _check_chunk_info(info: ChunkInfo, limits: _ChunkLimits, chunk_size: int) -> str | None:
     """Return what is wrong with a chunk by itself, if anything."""
-    if info.chunk_index >= blob.chunk_count:
-        return f"chunk index {info.chunk_index} of a blob with {blob.chunk_count} chunks"
-    if not 0 < info.uncompressed_size <= chunk_size:
-        return f"impossible chunk size {info.uncompressed_size}"
-    end = info.uncompressed_offset + info.uncompressed_size
-    if end > align_up(blob.uncompressed_size, CI_ALIGNMENT):
-        return f"chunk ends behind its blob, at {end:#x}"
-    if info.compressed_offset + info.compressed_size > chunk_data_size(blob):
+    if info.chunk_index >= limits.chunk_count:
+        return f"chunk index {info.chunk_index} of a blob with {limits.chunk_count} chunks"
+    size, stored_size = info.uncompressed_size, info.compressed_size
+    if not 0 < size <= chunk_size:
+        return f"impossible chunk size {size}"
+    if info.uncompressed_offset + size > limits.uncompressed_end:
+        return f"chunk ends behind its blob, at {info.uncompressed_offset + size:#x}"
+    if info.compressed_offset + stored_size > limits.data_size:
         return f"chunk data ends behind its blob, at offset {info.compressed_offset:#x}"
-    plain = not info.flags & (ChunkFlags.COMPRESSED | ChunkFlags.ENCRYPTED | ChunkFlags.BATCH)
-    in_batch = blob.features & BlobFeatures.BATCH and not info.compressed_size
-    if plain and not in_batch and info.compressed_size != info.uncompressed_size:
-        return "chunk of two sizes that is not compressed"
+    if stored_size != size and not info.flags & _ENCODED:
+        in_batch = limits.has_batches and not stored_size
+        if not in_batch:
+            return "chunk of two sizes that is not compressed"
     return None
 
 
@@ -273,36 +313,41 @@ def _check_chunk_table(image: Bootstrap, out: Collector) -> None:
     start = image.extended.chunk_table_offset
     by_blob: dict[int, list[ChunkInfo]] = {}
     previous: tuple[bytes, int, int] | None = None
-    external = [bool(blob.features & BlobFeatures.EXTERNAL) for blob in image.blobs]
+    limits = [_limits(blob) for blob in image.blobs]
+    chunk_size = image.chunk_size
     for number, info in enumerate(image.chunk_infos):
-        offset = start + number * CHUNK_INFO_SIZE
-        # External chunks have no digests, and lie wherever their blob has them.
-        is_external = external[info.blob_index]
-        key = (info.digest, info.blob_index, info.chunk_index if is_external else -1)
+        of_blob = limits[info.blob_index]
+        key = (info.digest, info.blob_index, info.chunk_index if of_blob.is_external else -1)
         if previous is not None and key <= previous:
-            out.error("chunk table is not sorted, or has a chunk twice", offset=offset)
+            out.error(
+                "chunk table is not sorted, or has a chunk twice",
+                offset=start + number * CHUNK_INFO_SIZE,
+            )
         previous = key
-        wrong = _check_chunk_info(info, image.blobs[info.blob_index], image.chunk_size)
+        wrong = _check_chunk_info(info, of_blob, chunk_size)
         if wrong is not None:
-            out.error(wrong, offset=offset)
-        if not is_external:
+            out.error(wrong, offset=start + number * CHUNK_INFO_SIZE)
+        if not of_blob.is_external:
             by_blob.setdefault(info.blob_index, []).append(info)
     for index, infos in sorted(by_blob.items()):
         _check_adjacent(index, image.blobs[index], infos, out)
 
 
 def _check_adjacent(index: int, blob: BlobEntry, infos: list[ChunkInfo], out: Collector) -> None:
-    infos.sort(key=lambda info: info.chunk_index)
-    for left, right in pairwise(infos):
-        end = align_up(left.uncompressed_offset + left.uncompressed_size, CI_ALIGNMENT)
-        neighbours = left.chunk_index + 1 == right.chunk_index
-        if left.chunk_index == right.chunk_index:
-            out.error(f"blob {index}: two entries for chunk {right.chunk_index}")
-        elif right.uncompressed_offset < end or (neighbours and right.uncompressed_offset != end):
+    infos.sort(key=attrgetter("chunk_index"))
+    last = None
+    end = 0
+    for info in infos:
+        number, offset = info.chunk_index, info.uncompressed_offset
+        if last == number:
+            out.error(f"blob {index}: two entries for chunk {number}")
+        elif last is not None and (offset < end or (last + 1 == number and offset != end)):
             out.error(
-                f"blob {index}: chunk {right.chunk_index} at {right.uncompressed_offset:#x}"
-                f" does not follow chunk {left.chunk_index}, which ends at {end:#x}"
+                f"blob {index}: chunk {number} at {offset:#x}"
+                f" does not follow chunk {last}, which ends at {end:#x}"
             )
+        last = number
+        end = align_up(offset + info.uncompressed_size, CI_ALIGNMENT)
     if len(infos) == blob.chunk_count and infos[0].uncompressed_offset:
         out.error(f"blob {index}: its first chunk is not at 0")
 

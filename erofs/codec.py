@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 from erofs.errors import CodecError
 from erofs.rafs import Compressor
 
-__all__ = ["Codec", "compress", "decompress"]
+__all__ = ["Codec", "compress", "compress_all", "decompress"]
+
+Data = bytes | memoryview
 
 ZSTD_LEVEL = 3
 _GZIP_MEMBER = 31
@@ -44,6 +46,16 @@ def _zstd_compress(data: bytes | memoryview) -> bytes:
     compressor = _zstd("compressor", lambda zstd: zstd.ZstdCompressor(level=ZSTD_LEVEL))
     result: bytes = compressor.compress(data)
     return result
+
+
+def _zstd_compress_all(pieces: Sequence[bytes]) -> Sequence[memoryview] | None:
+    """Compress many pieces to frames of their own; None when the library cannot do that."""
+    compressor = _zstd("compressor", lambda zstd: zstd.ZstdCompressor(level=ZSTD_LEVEL))
+    # Only the package's extension in C has it.
+    compress_many = getattr(compressor, "multi_compress_to_buffer", None)
+    if compress_many is None:
+        return None
+    return [memoryview(segment) for segment in compress_many(list(pieces), threads=1)]
 
 
 def _zstd_decompress(data: bytes | memoryview, size: int) -> bytes:
@@ -140,6 +152,21 @@ def compress(algorithm: Compressor, data: bytes | memoryview) -> bytes | None:
         return None
     result = CODECS[algorithm].compress(data)
     return result if len(result) < len(data) else None
+
+
+def compress_all(algorithm: Compressor, pieces: Sequence[bytes]) -> list[Data | None]:
+    """Return for each piece what `compress` returns, in one go.
+
+    A library that takes many at once gives up the interpreter's lock only once for them.
+    """
+    if algorithm is Compressor.ZSTD and len(pieces) > 1 and all(pieces):
+        many = _zstd_compress_all(pieces)
+        if many is not None:
+            return [
+                result if len(result) < len(piece) else None
+                for piece, result in zip(pieces, many, strict=True)
+            ]
+    return [compress(algorithm, piece) for piece in pieces]
 
 
 def decompress(algorithm: Compressor, data: bytes | memoryview, size: int) -> bytes:

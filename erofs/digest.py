@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from erofs.errors import CodecError
 from erofs.rafs import Digester
 
-__all__ = ["crc32c", "digest"]
+__all__ = ["crc32c", "digest", "function"]
 
 
 @cache
@@ -32,10 +33,15 @@ def _crc32c() -> Any:
 
 def digest(algorithm: Digester, data: bytes | memoryview) -> bytes:
     """Return the 32-byte digest of an uncompressed chunk."""
+    return function(algorithm)(data)
+
+
+def function(algorithm: Digester) -> Callable[[bytes | memoryview], bytes]:
+    """Return the function for one algorithm: of many small chunks the choice takes its time."""
     if algorithm is Digester.SHA256:
-        return hashlib.sha256(data).digest()
-    result: bytes = _blake3()(data).digest()
-    return result
+        return lambda data: hashlib.sha256(data).digest()
+    blake3 = _blake3()
+    return lambda data: blake3(data).digest()
 
 
 def crc32c(data: bytes | memoryview) -> int:

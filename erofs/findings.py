@@ -55,13 +55,17 @@ class Collector:
         try:
             yield
         except NydusError as error:
-            severity = self._unsupported if isinstance(error, UnsupportedFeature) else ERROR
-            offset = error.where.get("offset")
-            chunk = error.where.get("chunk")
-            what = error.reason if chunk is None else f"chunk {chunk}: {error.reason}"
-            self._found.append(
-                Finding(severity, what, path, offset if isinstance(offset, int) else None)
-            )
+            self.take(error, path)
+
+    def take(self, error: NydusError, path: bytes | None = None) -> None:
+        """Turn an error into a finding; for what is done so often that a guard takes long."""
+        severity = self._unsupported if isinstance(error, UnsupportedFeature) else ERROR
+        offset = error.where.get("offset")
+        chunk = error.where.get("chunk")
+        what = error.reason if chunk is None else f"chunk {chunk}: {error.reason}"
+        self._found.append(
+            Finding(severity, what, path, offset if isinstance(offset, int) else None)
+        )
 
     def drain(self) -> list[Finding]:
         """Return and forget what was found."""

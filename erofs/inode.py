@@ -6,23 +6,29 @@ Decoded when asked for; every place that the image names is checked before it is
 from __future__ import annotations
 
 import stat
+import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from erofs import layout
 from erofs.base import DirectoryEntry, InodeBase
 from erofs.errors import CorruptStructure, OutOfBounds, UnsupportedFeature
-from erofs.layout import ChunkIndex, Dirent, InodeCompact, InodeExtended, XattrEntry, XattrHeader
+from erofs.layout import ChunkIndex, Dirent, InodeCompact, XattrEntry, XattrHeader
 from erofs.view import View, align_up
 
 if TYPE_CHECKING:
     from erofs.rafs import ChunkInfo
     from erofs.reader import Image
 
-__all__ = ["DirectoryEntry", "Inode"]
+__all__ = ["DirectoryEntry", "Inode", "index_key"]
 
 _FLAT = (layout.LAYOUT_FLAT_PLAIN, layout.LAYOUT_FLAT_INLINE)
 _XATTR_NAMES = dict(layout.XATTR_PREFIXES)
+_KIND_MASK = stat.S_IFMT(0xFFFF)
+# In walks over a million inodes records in between would take longer than all else.
+_INODE_FIELDS = layout.INODE_FIELDS.unpack_from
+_DIRENT = layout.DIRENT_FIELDS
+_INDEX = struct.Struct("<II")
 
 
 class Inode(InodeBase):
@@ -33,53 +39,61 @@ class Inode(InodeBase):
         "offset", "record_size", "size", "uid", "union", "xattr_size",
     )  # fmt: skip
 
+    union: int
+
     def __init__(self, image: Image, nid: int) -> None:
         view = image.view
         self.image = image
         self.nid = nid
-        self.offset = offset = image.inode_offset(nid)
-        format_bits = view.slice(offset, 2, "inode")[0] | view.data[offset + 1] << 8
-        if format_bits >> 4:
-            raise UnsupportedFeature(
-                "inode format with unknown bits", offset=offset, got=f"{format_bits:#x}"
-            )
-        self.layout = format_bits >> 1 & 7
-        if format_bits & 1:
-            extended = InodeExtended.parse(view, offset)
-            self.record_size = layout.INODE_EXTENDED_SIZE
-            self.mtime = _signed(extended.i_mtime)
-            self.mtime_nsec = extended.i_mtime_nsec
-            icount = extended.i_xattr_icount
-            self.mode, self.size, self.union = extended.i_mode, extended.i_size, extended.i_u
-            self.ino, self.nlink = extended.i_ino, extended.i_nlink
-            self.uid, self.gid = extended.i_uid, extended.i_gid
-        else:
-            compact = InodeCompact.parse(view, offset)
-            self.record_size = layout.INODE_COMPACT_SIZE
-            self.mtime = _signed(image.superblock.build_time)
-            self.mtime_nsec = image.superblock.build_time_nsec
-            icount = compact.i_xattr_icount
-            self.mode, self.size, self.union = compact.i_mode, compact.i_size, compact.i_u
-            self.ino, self.nlink = compact.i_ino, compact.i_nlink
-            self.uid, self.gid = compact.i_uid, compact.i_gid
-        self.xattr_size = layout.XATTR_HEADER_SIZE + 4 * (icount - 1) if icount else 0
-        self._check()
+        self.offset = offset = image.inode_base + layout.SLOT_SIZE * nid
+        if not 0 <= offset <= view.length - layout.INODE_EXTENDED_SIZE or not view.data[offset] & 1:
+            self._decode_compact()
+            return
+        (
+            format_bits, icount, self.mode, _, self.size, self.union, self.ino,
+            self.uid, self.gid, self.mtime, self.mtime_nsec, self.nlink,
+        ) = _INODE_FIELDS(view.data, offset)  # fmt: skip
+        self.record_size = layout.INODE_EXTENDED_SIZE
+        self._finish(format_bits, icount)
 
-    def _check(self) -> None:
-        kind = stat.S_IFMT(self.mode)
+    def _decode_compact(self) -> None:
+        """Decode a short record, or raise for one of either kind that is not all there."""
+        view, offset, superblock = self.image.view, self.offset, self.image.superblock
+        format_bits = view.slice(offset, 2, "inode")[0] | view.data[offset + 1] << 8
+        _require_known(format_bits, offset)
+        if format_bits & 1:
+            view.check(offset, layout.INODE_EXTENDED_SIZE, "extended inode")
+        compact = InodeCompact.parse(view, offset)
+        self.record_size = layout.INODE_COMPACT_SIZE
+        self.mtime = _signed(superblock.build_time)
+        self.mtime_nsec = superblock.build_time_nsec
+        self.mode, self.size, self.union = compact.i_mode, compact.i_size, compact.i_u
+        self.ino, self.nlink = compact.i_ino, compact.i_nlink
+        self.uid, self.gid = compact.i_uid, compact.i_gid
+        self._finish(format_bits, compact.i_xattr_icount)
+
+    def _finish(self, format_bits: int, icount: int) -> None:
+        """Check what was decoded, and take what follows from it."""
+        if format_bits >> 4:
+            _require_known(format_bits, self.offset)
+        self.layout = data_layout = format_bits >> 1 & 7
+        self.xattr_size = layout.XATTR_HEADER_SIZE + 4 * (icount - 1) if icount else 0
+        kind = self.mode & _KIND_MASK
         if kind not in layout.FILE_TYPES:
             raise CorruptStructure(
                 "inode of unknown type", offset=self.offset, got=f"mode {self.mode:o}"
             )
         if self.size >> 63:
             raise CorruptStructure("negative file size", offset=self.offset, got=self.size)
-        if self.layout not in (*_FLAT, layout.LAYOUT_CHUNK_BASED):
-            raise UnsupportedFeature(
-                "compressed EROFS inode", offset=self.offset, got=f"layout {self.layout}"
-            )
-        if kind in (stat.S_IFDIR, stat.S_IFLNK) and self.layout not in _FLAT:
+        if data_layout != layout.LAYOUT_CHUNK_BASED:
+            if data_layout not in _FLAT:
+                raise UnsupportedFeature(
+                    "compressed EROFS inode", offset=self.offset, got=f"layout {data_layout}"
+                )
+        elif kind in (stat.S_IFDIR, stat.S_IFLNK):
             raise CorruptStructure("directory or symlink in chunks", offset=self.offset)
-        self.image.view.check(self.body_offset, 0, "inode body")
+        if self.xattr_size:
+            self.image.view.check(self.body_offset, 0, "inode body")
 
     @property
     def body_offset(self) -> int:
@@ -199,6 +213,8 @@ class Inode(InodeBase):
 
     def xattrs(self) -> dict[bytes, bytes]:
         """Return all xattrs by full name; raise `FormatError`."""
+        if not self.xattr_size:
+            return {}
         return {name: value for _, name, value in self.xattr_entries()}
 
     @property
@@ -231,6 +247,13 @@ class Inode(InodeBase):
         for position in range(start, start + count * 8, layout.CHUNK_INDEX_SIZE):
             yield ChunkIndex.parse(self.image.view, position)
 
+    def raw_indexes(self) -> Iterator[tuple[int, int]]:
+        """Yield key and block of each chunk index; see `index_key`; raise `FormatError`."""
+        start, count = self.index_area()
+        return _INDEX.iter_unpack(
+            self.image.view.data[start : start + count * layout.CHUNK_INDEX_SIZE]
+        )
+
     def file_chunks(self) -> Iterator[ChunkInfo]:
         """Yield the chunks of a regular file of a bootstrap, in order; raise `FormatError`."""
         return self.image.file_chunks(self)
@@ -240,24 +263,37 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
+def _require_known(format_bits: int, offset: int) -> None:
+    if format_bits >> 4:
+        raise UnsupportedFeature(
+            "inode format with unknown bits", offset=offset, got=f"{format_bits:#x}"
+        )
+
+
+def index_key(blob_index: int, chunk_index: int) -> int:
+    """Return what `Inode.raw_indexes` has for a chunk: an index without its block, one number."""
+    return chunk_index & 0xFFFF | (blob_index + 1) << 16 | (chunk_index >> 16 & 0xFF) << 24
+
+
 def _parse_directory_block(block: memoryview, offset: int) -> Iterator[DirectoryEntry]:
-    view = View(block)
-    first = Dirent.parse(view, 0)
-    count, rest = divmod(first.nameoff, layout.DIRENT_SIZE)
-    if rest or not count or first.nameoff > len(block):
-        raise CorruptStructure("impossible start of the names", offset=offset, got=first.nameoff)
-    current = first
-    for number in range(count):
-        last = number + 1 == count
-        following = None if last else Dirent.parse(view, (number + 1) * layout.DIRENT_SIZE)
-        end = len(block) if following is None else following.nameoff
-        if not first.nameoff <= current.nameoff <= end <= len(block):
+    names_start = Dirent.parse(View(block), 0).nameoff
+    count, rest = divmod(names_start, layout.DIRENT_SIZE)
+    if rest or not count or names_start > len(block):
+        raise CorruptStructure("impossible start of the names", offset=offset, got=names_start)
+    data = block.tobytes()
+    records = _DIRENT.iter_unpack(block[:names_start])
+    nid, start, file_type, _ = next(records)
+    for next_nid, end, next_type, _ in records:
+        if not names_start <= start <= end <= len(data):
             raise CorruptStructure("names of a directory out of order", offset=offset, got=end)
-        name = bytes(block[current.nameoff : end])
-        if following is None:
-            name = name.split(b"\0", 1)[0]
+        name = data[start:end]
         if not 0 < len(name) <= layout.NAME_MAX or b"/" in name or b"\0" in name:
             raise CorruptStructure("impossible file name", offset=offset, got=name[:64])
-        yield DirectoryEntry(name, current.nid, current.file_type)
-        if following is not None:
-            current = following
+        yield DirectoryEntry(name, nid, file_type)
+        nid, start, file_type = next_nid, end, next_type
+    if not names_start <= start <= len(data):
+        raise CorruptStructure("names of a directory out of order", offset=offset, got=len(data))
+    name = data[start:].split(b"\0", 1)[0]
+    if not 0 < len(name) <= layout.NAME_MAX or b"/" in name:
+        raise CorruptStructure("impossible file name", offset=offset, got=name[:64])
+    yield DirectoryEntry(name, nid, file_type)

@@ -7,6 +7,7 @@ Each record is declared once and serves reading and writing.
 from __future__ import annotations
 
 import struct
+from functools import cache
 from typing import NamedTuple
 
 from erofs.view import View
@@ -71,10 +72,16 @@ XATTR_VALUE_MAX = 65535
 _SUPERBLOCK = struct.Struct("<IIIBBHQQIIII16s16sIHHHBBIQB23s")
 _INODE_COMPACT = struct.Struct("<HHHHIIIIHHI")
 _INODE_EXTENDED = struct.Struct("<HHHHQIIIIQII16s")
-_DIRENT = struct.Struct("<QHBB")
+# The same without what is reserved, for trees of a million inodes: there is no record in
+# between. The time is read with the sign that it has.
+INODE_FIELDS = struct.Struct("<HHHHQIIIIqII16x")
+pack_inode_into = struct.Struct("<HHHHQIIIIQII16x").pack_into
+DIRENT_FIELDS = struct.Struct("<QHBB")
+_DIRENT = DIRENT_FIELDS
 _XATTR_HEADER = struct.Struct("<IB7s")
 _XATTR_ENTRY = struct.Struct("<BBH")
 _CHUNK_INDEX = struct.Struct("<HHI")
+pack_index_into = _CHUNK_INDEX.pack_into
 _DEVICE_SLOT = struct.Struct("<64sII56s")
 
 SUPERBLOCK_SIZE = _SUPERBLOCK.size
@@ -190,6 +197,17 @@ class Dirent(NamedTuple):
     def pack(self) -> bytes:
         """Encode the record."""
         return _DIRENT.pack(*self)
+
+
+@cache
+def _dirents(count: int) -> struct.Struct:
+    """Return the format of entries that follow one another; a block has no more than 341."""
+    return struct.Struct("<" + "QHBB" * count)
+
+
+def pack_dirents(fields: list[int]) -> bytes:
+    """Encode the directory entries of a block: nid, nameoff, file_type and 0 of each."""
+    return _dirents(len(fields) // 4).pack(*fields)
 
 
 class XattrHeader(NamedTuple):

@@ -4,40 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from erofs.errors import CorruptStructure, error_context
+from erofs.errors import CorruptStructure, NydusError
 from erofs.opening import AnyBootstrap, AnyInode
+from erofs.rafs import ChunkInfo
 from erofs.tree import Chunk, Node
 
 __all__ = ["load_nodes", "load_tree"]
 
 _Chunks = dict[tuple[int, int, int], Chunk]
+_DOTS = frozenset((b".", b".."))
 
 
 def _node(inode: AnyInode, chunks: _Chunks, numbers: Sequence[int] | None) -> Node:
     node = Node(
-        mode=inode.mode,
-        uid=inode.uid,
-        gid=inode.gid,
-        mtime=inode.mtime,
-        mtime_nsec=inode.mtime_nsec,
-        rdev=inode.rdev,
+        inode.mode, inode.uid, inode.gid, inode.mtime, inode.mtime_nsec, inode.rdev,
         xattrs=inode.xattrs(),
-        children={} if inode.is_dir else None,
-    )
-    if inode.is_symlink:
-        node.target = inode.readlink()
-    elif inode.is_regular:
+    )  # fmt: skip
+    if inode.is_regular:
         node.size = inode.size
-        for info in inode.file_chunks():
-            # The earliest v5 images have no chunk index; batched chunks share their offset.
-            key = (info.blob_index, info.chunk_index, info.compressed_offset)
-            chunk = chunks.get(key)
-            if chunk is None:
-                chunk = chunks[key] = Chunk.from_info(info)
-                if numbers is not None:
-                    chunk.blob_index = numbers[info.blob_index]
-            node.chunks.append(chunk)
+        if node.size:
+            node.chunks = [_chunk(info, chunks, numbers) for info in inode.file_chunks()]
+    elif inode.is_dir:
+        node.children = {}
+    elif inode.is_symlink:
+        node.target = inode.readlink()
     return node
+
+
+def _chunk(info: ChunkInfo, chunks: _Chunks, numbers: Sequence[int] | None) -> Chunk:
+    # The earliest v5 images have no chunk index; batched chunks share their offset.
+    key = (info.blob_index, info.chunk_index, info.compressed_offset)
+    chunk = chunks.get(key)
+    if chunk is None:
+        chunk = chunks[key] = Chunk(*info)
+        if numbers is not None:
+            chunk.blob_index = numbers[info.blob_index]
+    return chunk
 
 
 def load_nodes(image: AnyBootstrap, numbers: Sequence[int] | None = None) -> dict[int, Node]:
@@ -57,25 +59,27 @@ def load_nodes(image: AnyBootstrap, numbers: Sequence[int] | None = None) -> dic
     while stack:
         inode, path = stack.pop()
         entries = nodes[inode.nid].entries
-        for entry in inode.entries():
-            if entry.name in (b".", b".."):
+        for name, nid, _ in inode.entries():
+            if name in _DOTS:
                 continue
-            name = path + b"/" + entry.name
-            with error_context(entry=name):
-                if entry.name in entries:
+            try:
+                if name in entries:
                     raise CorruptStructure("name twice in a directory", offset=inode.offset)
-                node = nodes.get(entry.nid)
+                node = nodes.get(nid)
                 if node is None:
-                    child = image.inode(entry.nid)
+                    child = image.inode(nid)
                     claimed += child.claimed_bytes
                     if claimed > image.view.length:
                         raise CorruptStructure("inodes share their data", offset=child.offset)
-                    node = nodes[entry.nid] = _node(child, chunks, numbers)
-                    if child.is_dir:
-                        stack.append((child, name))
-                elif node.is_dir:
+                    node = nodes[nid] = _node(child, chunks, numbers)
+                    if node.children is not None:
+                        stack.append((child, path + b"/" + name))
+                elif node.children is not None:
                     raise CorruptStructure("directory met twice", offset=inode.offset)
-            entries[entry.name] = node
+            except NydusError as error:
+                error.add_context(entry=path + b"/" + name)
+                raise
+            entries[name] = node
     return nodes
 
 

@@ -30,6 +30,8 @@ INLINED_BLOB_ID = b"x" * 64
 _EXTENDED_SUPERBLOCK = struct.Struct("<QQIIQQQII200s")
 _BLOB_ENTRY = struct.Struct("<64sIIIIIIQQIIQQQ32s32sQ8sI36s")
 _CHUNK_INFO = struct.Struct("<32sIIIIQQQII")
+# Digest, and the other fields of `ChunkInfo`, into a buffer at an offset.
+pack_chunk_into = _CHUNK_INFO.pack_into
 
 
 class SuperFlags(IntFlag):

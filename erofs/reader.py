@@ -15,7 +15,7 @@ from erofs import layout, rafs
 from erofs.base import BlobHint, DirectoryEntry, ImageBase, Source, Tables, open_as
 from erofs.blobmeta import DIGEST_SIZE
 from erofs.errors import BadMagic, CorruptStructure, FormatError, UnsupportedFeature
-from erofs.inode import Inode
+from erofs.inode import Inode, index_key
 from erofs.layout import DeviceSlot, Superblock
 from erofs.rafs import BlobEntry, BlobFeatures, ChunkInfo, ExtendedSuperblock, SuperFlags
 from erofs.restrict import restrict_blob, restrict_extended, restrict_superblock
@@ -49,6 +49,7 @@ class Image(ImageBase[Inode]):
         if unknown or superblock.dirblkbits:
             raise UnsupportedFeature("EROFS feature", got=f"incompat {unknown:#x}")
         self.block_size = 1 << superblock.blkszbits
+        self.inode_base = superblock.meta_blkaddr * self.block_size
 
     @property
     def root(self) -> Inode:
@@ -60,7 +61,7 @@ class Image(ImageBase[Inode]):
 
     def inode_offset(self, nid: int) -> int:
         """Return the position of an inode in the image."""
-        return self.superblock.meta_blkaddr * self.block_size + layout.SLOT_SIZE * nid
+        return self.inode_base + layout.SLOT_SIZE * nid
 
     def inode(self, nid: int) -> Inode:
         """Decode the inode `nid`; raise `FormatError`."""
@@ -98,6 +99,8 @@ class Bootstrap(Image):
         restrict_extended(self.extended, self.superblock, source.length)
         self.flags = SuperFlags(self.extended.flags & ~rafs.SUPER_FLAGS_RESERVED)
         self.chunk_size = self.extended.chunk_size
+        # Whether the blobs are plain tars in 512-byte blocks.
+        self.is_tarfs = SuperFlags.TARTFS_MODE in self.flags
         self.blobs = self._blobs()
 
     def _blobs(self) -> tuple[BlobEntry, ...]:
@@ -147,11 +150,6 @@ class Bootstrap(Image):
         return tuple(BlobHint(device.mapped_blkaddr) for device in self.devices)
 
     @property
-    def is_tarfs(self) -> bool:
-        """Whether the blobs are plain tars in 512-byte blocks."""
-        return SuperFlags.TARTFS_MODE in self.flags
-
-    @property
     def compressor(self) -> rafs.Compressor:
         """The compressor that the build was asked for; each blob has its own value."""
         return next(c for c, flag in rafs.COMPRESSOR_FLAGS.items() if flag in self.flags)
@@ -182,8 +180,12 @@ class Bootstrap(Image):
         return infos
 
     @cached_property
-    def _chunks_by_place(self) -> dict[tuple[int, int], ChunkInfo]:
-        return {(info.blob_index, info.chunk_index): info for info in self.chunk_infos}
+    def _chunks_by_key(self) -> dict[int, ChunkInfo]:
+        return {
+            index_key(info.blob_index, info.chunk_index): info
+            for info in self.chunk_infos
+            if info.chunk_index < rafs.MAX_CHUNKS_PER_BLOB
+        }
 
     def file_chunks(self, inode: Inode) -> Iterator[ChunkInfo]:
         """Yield the chunks of a regular file, in file order; raise `FormatError`.
@@ -194,25 +196,27 @@ class Bootstrap(Image):
         if self.is_tarfs:
             yield from self._tar_pieces(inode)
             return
-        rest = inode.size
-        for number, index in enumerate(inode.chunk_indexes()):
-            info = self._chunks_by_place.get((index.blob_index, index.chunk_index))
-            if info is None or info.uncompressed_offset != index.blkaddr * self.block_size:
+        rest, known, block_size = inode.size, self._chunks_by_key, self.block_size
+        for number, (key, block) in enumerate(inode.raw_indexes()):
+            info = known.get(key)
+            if info is None or info.uncompressed_offset != block * block_size:
+                index = list(inode.chunk_indexes())[number]
                 raise CorruptStructure(
                     "chunk index without an entry in the chunk table",
                     offset=inode.offset,
                     chunk=number,
                     got=f"blob {index.blob_index}, chunk {index.chunk_index}",
                 )
-            if info.uncompressed_size != min(rest, self.chunk_size):
+            size = info.uncompressed_size
+            if size != min(rest, self.chunk_size):
                 raise CorruptStructure(
                     "chunk of the wrong size",
                     offset=inode.offset,
                     chunk=number,
                     expected=min(rest, self.chunk_size),
-                    got=info.uncompressed_size,
+                    got=size,
                 )
-            rest -= info.uncompressed_size
+            rest -= size
             yield info
 
     def _tar_pieces(self, inode: Inode) -> Iterator[ChunkInfo]:

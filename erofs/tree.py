@@ -16,15 +16,26 @@ from erofs.errors import CorruptStructure
 from erofs.rafs import MAX_CHUNKS_PER_BLOB, BlobEntry, ChunkInfo
 from erofs.view import align_up
 
-__all__ = ["Chunk", "Node", "ValidTree", "iter_names", "split_xattr_name", "validate"]
+__all__ = [
+    "Chunk",
+    "Node",
+    "ValidDirectory",
+    "ValidTree",
+    "iter_directories",
+    "iter_names",
+    "split_xattr_name",
+    "validate",
+]
 
 _I_SIZE_MAX = (1 << 63) - 1
+_KIND_MASK = stat.S_IFMT(0xFFFF)
 _BLKADDR_MAX = 0xFFFFFFFE
 # i_xattr_icount is 16 bits wide and counts units of 4 bytes, plus one.
 _XATTRS_MAX = 4 * 0xFFFE
 # Device slots place blobs by 32-bit block numbers, behind the bootstrap, each aligned.
 _DEVICE_BLOCKS_MAX = (1 << 32) - (1 << 20)
 _DEVICE_ALIGNMENT = 0x80000
+_RESERVED_NAMES = frozenset((b".", b".."))
 
 
 @dataclass(slots=True, eq=False)
@@ -72,7 +83,8 @@ class Node:
     """A file of any type. Hard links are one node under several names.
 
     `mode` is the whole st_mode, `rdev` in Linux' "new" encoding, `mtime` in signed
-    seconds, `children` is a dictionary for directories and None for all else.
+    seconds, `children` is a dictionary for directories and None for all else. `number` is the
+    writer's: in place of a dictionary of all nodes, which takes a hundred bytes each.
     """
 
     mode: int
@@ -86,6 +98,7 @@ class Node:
     xattrs: dict[bytes, bytes] = field(default_factory=dict)
     chunks: list[Chunk] = field(default_factory=list)
     children: dict[bytes, Node] | None = None
+    number: int = field(default=-1, init=False, repr=False)
 
     @classmethod
     def directory(cls, permissions: int = 0o755) -> Node:
@@ -105,12 +118,24 @@ class Node:
         return self.children
 
 
+class ValidDirectory(NamedTuple):
+    """A directory, the one that it is in (the root in itself), and its names in order."""
+
+    node: Node
+    parent: Node
+    names: list[bytes]
+
+
 class ValidTree(NamedTuple):
-    """A tree that fits the format, with what validation counted."""
+    """A tree that fits the format, with what validation counted.
+
+    `directories` are in visiting order.
+    """
 
     root: Node
     names: int
     has_xattr: bool
+    directories: list[ValidDirectory]
 
 
 class _Limits(NamedTuple):
@@ -122,6 +147,25 @@ class _Limits(NamedTuple):
     is_dictionary: bool
 
 
+def iter_directories(root: Node) -> Iterator[tuple[bytes, ValidDirectory]]:
+    """Yield each directory with its path in the visiting order of spec rafs-v6 3.1.
+
+    The root comes first, with an empty path. What is in a directory is looked at when it is
+    yielded, and its child directories are visited after that.
+    """
+    stack = [(b"", root, root)]
+    while stack:
+        path, directory, parent = stack.pop()
+        children = directory.entries
+        names = sorted(children)
+        yield path, ValidDirectory(directory, parent, names)
+        stack += [
+            (path + b"/" + name, children[name], directory)
+            for name in reversed(names)
+            if children[name].children is not None
+        ]
+
+
 def iter_names(root: Node) -> Iterator[tuple[bytes, bytes, Node]]:
     """Yield (directory path, name, node) in the visiting order of spec rafs-v6 3.1.
 
@@ -129,17 +173,10 @@ def iter_names(root: Node) -> Iterator[tuple[bytes, bytes, Node]]:
     The root is yielded first, with an empty path and name.
     """
     yield b"", b"", root
-    stack: list[tuple[bytes, Node]] = [(b"", root)]
-    while stack:
-        path, directory = stack.pop()
-        subdirectories: list[tuple[bytes, Node]] = []
+    for path, (directory, _, names) in iter_directories(root):
         children = directory.entries
-        for name in sorted(children):
-            child = children[name]
-            yield path, name, child
-            if child.children is not None:
-                subdirectories.append((path + b"/" + name, child))
-        stack.extend(reversed(subdirectories))
+        for name in names:
+            yield path, name, children[name]
 
 
 def split_xattr_name(name: bytes) -> tuple[int, bytes]:
@@ -160,7 +197,7 @@ def split_xattr_name(name: bytes) -> tuple[int, bytes]:
 def _check_name(path: bytes, name: bytes) -> None:
     if not 0 < len(name) <= layout.NAME_MAX or b"/" in name or b"\0" in name:
         raise CorruptStructure("impossible file name", entry=path + b"/" + name)
-    if name in (b".", b".."):
+    if name in _RESERVED_NAMES:
         raise CorruptStructure("reserved file name", entry=path + b"/" + name)
 
 
@@ -177,12 +214,13 @@ def _check_xattrs(node: Node) -> None:
 
 def _check_regular(node: Node, limits: _Limits) -> None:
     chunk_size, blobs, block_size, is_dictionary = limits
-    if not 0 <= node.size <= _I_SIZE_MAX:
-        raise CorruptStructure("impossible file size", got=node.size)
-    count = -(-node.size // chunk_size)
-    if len(node.chunks) != count and not is_dictionary:
-        raise CorruptStructure("wrong number of chunks", expected=count, got=len(node.chunks))
-    for chunk in node.chunks:
+    size, chunks = node.size, node.chunks
+    if not 0 <= size <= _I_SIZE_MAX:
+        raise CorruptStructure("impossible file size", got=size)
+    count = -(-size // chunk_size)
+    if len(chunks) != count and not is_dictionary:
+        raise CorruptStructure("wrong number of chunks", expected=count, got=len(chunks))
+    for chunk in chunks:
         if not 0 <= chunk.blob_index < blobs:
             raise CorruptStructure("chunk of a blob that is not in the table", got=chunk.blob_index)
         block, rest = divmod(chunk.uncompressed_offset, block_size)
@@ -191,10 +229,11 @@ def _check_regular(node: Node, limits: _Limits) -> None:
 
 
 def _check_node(node: Node, limits: _Limits) -> None:
-    kind = stat.S_IFMT(node.mode)
-    if kind not in layout.FILE_TYPES or node.mode > 0xFFFF:
-        raise CorruptStructure("unknown file type", got=f"mode {node.mode:o}")
-    if (kind == stat.S_IFDIR) != node.is_dir:
+    mode = node.mode
+    kind = mode & _KIND_MASK
+    if kind not in layout.FILE_TYPES or mode > 0xFFFF:
+        raise CorruptStructure("unknown file type", got=f"mode {mode:o}")
+    if (kind == stat.S_IFDIR) != (node.children is not None):
         raise CorruptStructure("directory without children, or children without a directory")
     if not 0 <= node.mtime_nsec < 1_000_000_000 or not 0 <= node.rdev <= 0xFFFFFFFF:
         raise CorruptStructure("impossible time or device number")
@@ -206,6 +245,15 @@ def _check_node(node: Node, limits: _Limits) -> None:
         raise CorruptStructure("impossible length of a symlink target", got=len(node.target))
     if node.xattrs:
         _check_xattrs(node)
+
+
+def _check_space(blobs: list[BlobEntry], block_size: int) -> None:
+    if len(blobs) > layout.MAX_DEVICES:
+        raise CorruptStructure("too many blobs", expected=layout.MAX_DEVICES, got=len(blobs))
+    space = sum(align_up(blob.uncompressed_size, _DEVICE_ALIGNMENT) for blob in blobs)
+    most = _DEVICE_BLOCKS_MAX * block_size
+    if space > most:
+        raise CorruptStructure("blobs too large together", expected=most, got=space)
 
 
 def validate(
@@ -223,31 +271,30 @@ def validate(
     Raises:
         CorruptStructure: names the entry and what is wrong with it.
     """
-    if len(blobs) > layout.MAX_DEVICES:
-        raise CorruptStructure("too many blobs", expected=layout.MAX_DEVICES, got=len(blobs))
-    space = sum(align_up(blob.uncompressed_size, _DEVICE_ALIGNMENT) for blob in blobs)
-    most = _DEVICE_BLOCKS_MAX * block_size
-    if space > most:
-        raise CorruptStructure("blobs too large together", expected=most, got=space)
+    _check_space(blobs, block_size)
     if not root.is_dir:
         raise CorruptStructure("the root is not a directory")
     limits = _Limits(chunk_size, len(blobs), block_size, dictionary)
-    seen_directories: set[int] = set()
-    names = 0
-    has_xattr = False
-    for path, name, node in iter_names(root):
-        entry = path + b"/" + name
-        if names:
-            _check_name(path, name)
-        names += 1
-        if node.is_dir:
-            if id(node) in seen_directories:
-                raise CorruptStructure("directory under two names", entry=entry)
-            seen_directories.add(id(node))
-        try:
-            _check_node(node, limits)
-        except CorruptStructure as error:
-            error.add_context(entry=entry)
-            raise
-        has_xattr = has_xattr or bool(node.xattrs)
-    return ValidTree(root, names, has_xattr)
+    found: list[ValidDirectory] = []
+    seen = {id(root)}
+    path = name = b""
+    try:
+        _check_node(root, limits)
+        has_xattr = bool(root.xattrs)
+        for path, directory in iter_directories(root):
+            found.append(directory)
+            children = directory.node.entries
+            for name in directory.names:
+                _check_name(path, name)
+                node = children[name]
+                if node.children is not None:
+                    if id(node) in seen:
+                        raise CorruptStructure("directory under two names")
+                    seen.add(id(node))
+                _check_node(node, limits)
+                if node.xattrs:
+                    has_xattr = True
+    except CorruptStructure as error:
+        error.add_context(entry=path + b"/" + name)
+        raise
+    return ValidTree(root, 1 + sum(len(each.names) for each in found), has_xattr, found)

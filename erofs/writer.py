@@ -7,9 +7,11 @@ Positions of inodes are relative to the metadata base; the root is at one block.
 from __future__ import annotations
 
 import stat
+from array import array
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,22 +23,22 @@ from erofs.layout import (
     SLOT_SIZE,
     XATTR_ENTRY_SIZE,
     XATTR_HEADER_SIZE,
-    ChunkIndex,
     DeviceSlot,
-    Dirent,
-    InodeExtended,
     Superblock,
     XattrEntry,
     XattrHeader,
 )
-from erofs.rafs import BlobEntry, BlobFeatures, ChunkInfo, ExtendedSuperblock, SuperFlags
-from erofs.tree import Chunk, Node, ValidTree, split_xattr_name, validate
+from erofs.rafs import BlobEntry, BlobFeatures, ExtendedSuperblock, SuperFlags
+from erofs.tree import Chunk, Node, ValidDirectory, ValidTree, split_xattr_name, validate
 from erofs.view import align_down, align_up
 
 __all__ = ["BootstrapSpec", "write_bootstrap"]
 
 REGION_ALIGNMENT = 4096
 DEVICE_ALIGNMENT = 0x80000
+_KIND_MASK = stat.S_IFMT(0xFFFF)
+_TIME_MASK = (1 << 64) - 1
+_DOTS = frozenset((b".", b".."))
 # Relative to the metadata base: nid 0 would make the root's entries look deleted.
 FIRST_INODE = 4096
 
@@ -73,21 +75,6 @@ class BootstrapSpec:
     def block_size(self) -> int:
         """Bytes in a filesystem block."""
         return 1 << (layout.MIN_BLOCK_BITS if self.tarfs else layout.BLOCK_BITS)
-
-
-@dataclass(slots=True)
-class _Place:
-    """Where an inode and the plain part of its data are, relative to the base."""
-
-    inode: int
-    data: int
-    layout: int
-    index: int
-    links: int = 1
-
-    @property
-    def nid(self) -> int:
-        return self.inode // SLOT_SIZE
 
 
 class _Allocator:
@@ -173,8 +160,6 @@ class _Allocator:
 
 
 def _xattr_area_size(node: Node) -> int:
-    if not node.xattrs:
-        return 0
     size = XATTR_HEADER_SIZE
     for name, value in node.xattrs.items():
         _, suffix = split_xattr_name(name)
@@ -183,40 +168,61 @@ def _xattr_area_size(node: Node) -> int:
 
 
 def _inode_size(node: Node) -> int:
-    return INODE_EXTENDED_SIZE + _xattr_area_size(node)
+    return INODE_EXTENDED_SIZE + _xattr_area_size(node) if node.xattrs else INODE_EXTENDED_SIZE
 
 
 def _directory_size(names: list[bytes], block_size: int) -> int:
-    size = 0
+    size = DIRENT_SIZE * len(names) + sum(map(len, names))
+    if size <= block_size:
+        return size
+    size = room = 0
     for name in names:
         length = len(name) + DIRENT_SIZE
-        if size % block_size + length > block_size:
-            size = align_up(size, block_size)
+        if length > room:
+            size += room
+            room = block_size
         size += length
+        room -= length
     return size
 
 
-@dataclass(slots=True)
-class _Directory:
-    node: Node
-    parent: Node
-    names: list[bytes]
-    size: int
-
-
-@dataclass(slots=True)
 class _Plan:
-    """The outcome of pass one."""
+    """The outcome of pass one: columns, by the number that each inode has got.
 
-    places: dict[int, _Place] = field(default_factory=dict)
-    nodes: list[Node] = field(default_factory=list)
-    directories: dict[int, _Directory] = field(default_factory=dict)
-    names: int = 1
-    end: int = 0
+    Columns and not records, since those of a million inodes would take a hundred bytes each.
+    Positions are those of the inode and of the plain part of its data, relative to the base;
+    `indexes` are the numbers of the (first) names.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.inodes = array("Q")
+        self.data = array("Q")
+        self.layouts = bytearray()
+        self.indexes = array("I")
+        self.links = array("I")
+        self.directories: list[ValidDirectory] = []
+        self.names = 1
+        self.end = 0
+
+    def knows(self, node: Node) -> bool:
+        """Tell whether a node has a number; one of another tree may still have that of there."""
+        number = node.number
+        return 0 <= number < len(self.nodes) and self.nodes[number] is node
+
+    def add(self, node: Node, place: tuple[int, int, int], index: int, links: int) -> None:
+        node.number = len(self.nodes)
+        self.nodes.append(node)
+        inode, data, data_layout = place
+        self.inodes.append(inode)
+        self.data.append(data)
+        self.layouts.append(data_layout)
+        self.indexes.append(index)
+        self.links.append(links)
 
 
 def _place_child(allocator: _Allocator, node: Node) -> tuple[int, int, int]:
-    kind = stat.S_IFMT(node.mode)
+    kind = node.mode & _KIND_MASK
     if kind == stat.S_IFREG:
         inode = allocator.place_file(_inode_size(node), len(node.chunks))
         return inode, 0, layout.LAYOUT_CHUNK_BASED
@@ -225,59 +231,58 @@ def _place_child(allocator: _Allocator, node: Node) -> tuple[int, int, int]:
     return allocator.place_special(_inode_size(node)), 0, layout.LAYOUT_FLAT_PLAIN
 
 
-def _plan(root: Node, block_size: int) -> _Plan:
+def _with_dots(names: list[bytes]) -> list[bytes]:
+    """Return the names of a directory in order, with those of itself and its parent."""
+    result = names.copy()
+    insort(result, b".")
+    insort(result, b"..")
+    return result
+
+
+def _plan(tree: ValidTree, block_size: int) -> _Plan:
     """Pass one: number every name and place every inode (spec 3.1, 3.3)."""
     plan = _Plan()
     allocator = _Allocator(block_size)
-    indexes = {id(root): 1}
-    stack: list[tuple[Node, Node]] = [(root, root)]
-    while stack:
-        node, parent = stack.pop()
-        names = sorted((b".", b"..", *node.entries))
+    # Of directories: their names come before they are visited themselves.
+    indexes = {id(tree.root): 1}
+    for directory, parent, plain_names in tree.directories:
+        names = _with_dots(plain_names)
         size = _directory_size(names, block_size)
-        inode, data, data_layout = allocator.place_flat(_inode_size(node), size)
+        place = allocator.place_flat(_inode_size(directory), size)
         allocator.align()
-        plan.places[id(node)] = _Place(inode, data, data_layout, indexes[id(node)], links=2)
-        plan.nodes.append(node)
-        plan.directories[id(node)] = _Directory(node, parent, names, size)
-        subdirectories = []
-        for name in sorted(node.entries):
-            child = node.entries[name]
+        number = len(plan.nodes)
+        plan.add(directory, place, indexes.pop(id(directory)), 2)
+        plan.directories.append(ValidDirectory(directory, parent, names))
+        children = directory.entries
+        for name in plain_names:
+            child = children[name]
             plan.names += 1
-            if child.is_dir:
+            if child.children is not None:
                 indexes[id(child)] = plan.names
-                subdirectories.append((child, node))
-                plan.places[id(node)].links += 1
+                plan.links[number] += 1
                 continue
-            known = plan.places.get(id(child))
-            if known is not None:
-                known.links += 1
+            if plan.knows(child):
+                plan.links[child.number] += 1
             else:
-                place = _Place(*_place_child(allocator, child), plan.names)
-                plan.places[id(child)] = place
-                plan.nodes.append(child)
+                plan.add(child, _place_child(allocator, child), plan.names, 1)
             allocator.align()
-        stack.extend(reversed(subdirectories))
     plan.end = allocator.cursor
     return plan
 
 
 def _chunk_bits(node: Node, chunk_size: int, block_size: int) -> int:
-    """Return the inode's own chunk size exponent, in blocks (spec 3.6)."""
+    """Return the chunk size exponent, in blocks, of a file larger than a chunk (spec 3.6)."""
     size = chunk_size
-    chunks = node.chunks
-    if node.size > chunk_size and all(
+    if all(
         left.blob_index == right.blob_index
         and left.uncompressed_offset + chunk_size == right.uncompressed_offset
-        for left, right in pairwise(chunks)
+        for left, right in pairwise(node.chunks)
     ):
         size = 1 << (node.size - 1).bit_length()
     return size.bit_length() - block_size.bit_length()
 
 
 def _pack_xattrs(node: Node) -> bytes:
-    if not node.xattrs:
-        return b""
     parts = [XattrHeader().pack()]
     for name in sorted(node.xattrs):
         value = node.xattrs[name]
@@ -306,88 +311,108 @@ class _Emitter:
         self.regions = regions
         self.block_size = spec.block_size
         self.image = bytearray(regions.end)
+        self._least_chunk_bits = spec.chunk_size.bit_length() - self.block_size.bit_length()
 
     def put(self, offset: int, data: bytes) -> None:
         self.image[offset : offset + len(data)] = data
 
     def nid(self, node: Node) -> int:
-        return self.plan.places[id(node)].nid
+        return self.plan.inodes[node.number] // SLOT_SIZE
 
-    def directory_content(self, directory: _Directory) -> bytes:
+    def directory_content(self, directory: ValidDirectory) -> bytes:
         """Return the entry blocks of a directory (spec 1.6)."""
+        names = directory.names
         blocks: list[bytes] = []
-        pending: list[tuple[bytes, Node]] = []
-        used = 0
-        for name in directory.names:
-            if used + DIRENT_SIZE + len(name) > self.block_size:
-                block = self._directory_block(pending)
+        first = used = 0
+        for number, name in enumerate(names):
+            length = DIRENT_SIZE + len(name)
+            if used + length > self.block_size:
+                block = self._directory_block(directory, names[first:number])
                 blocks.append(block + bytes(self.block_size - len(block)))
-                pending, used = [], 0
-            if name == b".":
-                target = directory.node
-            elif name == b"..":
-                target = directory.parent
-            else:
-                target = directory.node.entries[name]
-            pending.append((name, target))
-            used += DIRENT_SIZE + len(name)
-        blocks.append(self._directory_block(pending))
+                first, used = number, 0
+            used += length
+        blocks.append(self._directory_block(directory, names[first:]))
         return b"".join(blocks)
 
-    def _directory_block(self, entries: list[tuple[bytes, Node]]) -> bytes:
-        offset = DIRENT_SIZE * len(entries)
-        heads = []
-        for name, node in entries:
-            file_type = layout.FILE_TYPES[stat.S_IFMT(node.mode)]
-            heads.append(Dirent(self.nid(node), offset, file_type).pack())
+    def _directory_block(self, directory: ValidDirectory, names: list[bytes]) -> bytes:
+        children, inodes = directory.node.entries, self.plan.inodes
+        offset = DIRENT_SIZE * len(names)
+        fields: list[int] = []
+        for name in names:
+            if name in _DOTS:
+                node = directory.node if name == b"." else directory.parent
+            else:
+                node = children[name]
+            fields += (
+                inodes[node.number] // SLOT_SIZE,
+                offset,
+                layout.FILE_TYPES[node.mode & _KIND_MASK],
+                0,
+            )
             offset += len(name)
-        return b"".join(heads) + b"".join(name for name, _ in entries)
+        return layout.pack_dirents(fields) + b"".join(names)
 
-    def emit_node(self, node: Node) -> None:
-        place = self.plan.places[id(node)]
-        position = self.regions.base + place.inode
-        kind = stat.S_IFMT(node.mode)
-        content = b""
-        size = 0
-        union = node.rdev
+    def emit_nodes(self) -> None:
+        """Write all inodes with what follows them; directories have theirs in order."""
+        plan = self.plan
+        directories = iter(plan.directories)
+        columns = zip(
+            plan.nodes, plan.inodes, plan.data, plan.layouts, plan.indexes, plan.links, strict=True
+        )
+        for node, inode, data, data_layout, index, links in columns:
+            content = node.target
+            if node.children is not None:
+                content = self.directory_content(next(directories))
+            self.emit_node(node, content, inode, data, data_layout, index, links)
+
+    def emit_node(
+        self, node: Node, content: bytes, inode: int, data: int, data_layout: int, index: int,
+        links: int,
+    ) -> None:  # fmt: skip
+        """Write an inode with its xattrs, chunk indexes or content."""
+        position = self.regions.base + inode
+        body = position + INODE_EXTENDED_SIZE
+        kind = node.mode & _KIND_MASK
+        icount = 0
+        if node.xattrs:
+            xattrs = _pack_xattrs(node)
+            self.put(body, xattrs)
+            body += len(xattrs)
+            icount = (len(xattrs) - XATTR_HEADER_SIZE) // 4 + 1
         if kind == stat.S_IFREG:
             size = node.size
-            bits = _chunk_bits(node, self.spec.chunk_size, self.block_size)
+            bits = self._least_chunk_bits
+            if size > self.spec.chunk_size:
+                bits = _chunk_bits(node, self.spec.chunk_size, self.block_size)
             union = layout.CHUNK_FORMAT_INDEXES | bits
-        elif kind in (stat.S_IFDIR, stat.S_IFLNK):
-            content = node.target
-            if node.is_dir:
-                content = self.directory_content(self.plan.directories[id(node)])
-            size = len(content)
-            union = (self.regions.base + place.data) // self.block_size
-        xattrs = _pack_xattrs(node)
-        inode = InodeExtended(
-            i_format=1 | place.layout << 1,
-            i_xattr_icount=(len(xattrs) - XATTR_HEADER_SIZE) // 4 + 1 if xattrs else 0,
-            i_mode=node.mode,
-            reserved=0,
-            i_size=size,
-            i_u=union,
-            i_ino=place.index,
-            i_uid=node.uid,
-            i_gid=node.gid,
-            i_mtime=node.mtime & 0xFFFFFFFFFFFFFFFF,
-            i_mtime_nsec=node.mtime_nsec,
-            i_nlink=place.links,
-        )
-        self.put(position, inode.pack() + xattrs)
-        body = position + INODE_EXTENDED_SIZE + len(xattrs)
-        if kind == stat.S_IFREG:
-            self.put(align_up(body, CHUNK_INDEX_SIZE), _pack_indexes(node.chunks, self.block_size))
+            if node.chunks:
+                self._emit_indexes(align_up(body, CHUNK_INDEX_SIZE), node.chunks)
         elif content:
-            self.emit_content(place, body, content)
+            size = len(content)
+            union = (self.regions.base + data) // self.block_size
+            self.emit_content(data, data_layout, body, content)
+        else:
+            size, union = 0, node.rdev
+        layout.pack_inode_into(
+            self.image, position, 1 | data_layout << 1, icount, node.mode, 0, size, union, index,
+            node.uid, node.gid, node.mtime & _TIME_MASK, node.mtime_nsec, links,
+        )  # fmt: skip
 
-    def emit_content(self, place: _Place, tail_position: int, content: bytes) -> None:
+    def _emit_indexes(self, position: int, chunks: Sequence[Chunk]) -> None:
+        image, block_size = self.image, self.block_size
+        for chunk in chunks:
+            number = chunk.chunk_index
+            device = (chunk.blob_index + 1) | (number >> 16 & 0xFF) << 8
+            block = chunk.uncompressed_offset // block_size
+            layout.pack_index_into(image, position, number & 0xFFFF, device, block)
+            position += CHUNK_INDEX_SIZE
+
+    def emit_content(self, data: int, data_layout: int, tail: int, content: bytes) -> None:
         plain = len(content)
-        if place.layout == layout.LAYOUT_FLAT_INLINE:
+        if data_layout == layout.LAYOUT_FLAT_INLINE:
             plain = align_down(plain, self.block_size)
-            self.put(tail_position, content[plain:])
-        self.put(self.regions.base + place.data, content[:plain])
+            self.put(tail, content[plain:])
+        self.put(self.regions.base + data, content[:plain])
 
     def emit_superblocks(self, tree: ValidTree, chunk_table_size: int) -> None:
         spec, regions = self.spec, self.regions
@@ -425,7 +450,7 @@ class _Emitter:
         )
         self.put(rafs.EXTENDED_SUPERBLOCK_OFFSET, extended.pack())
 
-    def emit_tables(self, chunk_infos: list[ChunkInfo]) -> None:
+    def emit_tables(self, chunks: list[Chunk]) -> None:
         spec, regions, block_size = self.spec, self.regions, self.block_size
         position = regions.end
         for index, blob in enumerate(spec.blobs):
@@ -436,20 +461,18 @@ class _Emitter:
             position = (mapped + slot.blocks) * block_size
         nids = (self.nid(node) for node in spec.prefetch)
         self.put(regions.prefetch_table, b"".join(nid.to_bytes(4, "little") for nid in nids))
-        self.put(regions.chunk_table, b"".join(info.pack() for info in chunk_infos))
+        offset = regions.chunk_table
+        for chunk in chunks:
+            rafs.pack_chunk_into(
+                self.image, offset, chunk.digest, chunk.blob_index, chunk.flags,
+                chunk.compressed_size, chunk.uncompressed_size, chunk.compressed_offset,
+                chunk.uncompressed_offset, chunk.file_offset, chunk.chunk_index, chunk.crc32c,
+            )  # fmt: skip
+            offset += rafs.CHUNK_INFO_SIZE
 
 
-def _pack_indexes(chunks: list[Chunk], block_size: int) -> bytes:
-    return b"".join(
-        ChunkIndex.of_chunk(
-            chunk.blob_index, chunk.chunk_index, chunk.uncompressed_offset // block_size
-        ).pack()
-        for chunk in chunks
-    )
-
-
-def _chunk_infos(nodes: list[Node], blobs: list[BlobEntry]) -> list[ChunkInfo]:
-    """Return one entry for each distinct chunk, sorted; the last visited reference wins.
+def _distinct_chunks(nodes: list[Node], blobs: list[BlobEntry]) -> list[Chunk]:
+    """Return the chunks of the table, sorted; of equal ones the last visited reference wins.
 
     External chunks have no digests; their numbers tell them apart.
     """
@@ -459,7 +482,7 @@ def _chunk_infos(nodes: list[Node], blobs: list[BlobEntry]) -> list[ChunkInfo]:
         for chunk in node.chunks:
             number = chunk.chunk_index if external[chunk.blob_index] else -1
             table[chunk.digest, chunk.blob_index, number] = chunk
-    return [table[key].info() for key in sorted(table)]
+    return [table[key] for key in sorted(table)]
 
 
 def _regions(spec: BootstrapSpec, plan: _Plan, chunk_infos: int) -> _Regions:
@@ -485,11 +508,10 @@ def write_bootstrap(spec: BootstrapSpec) -> bytes:
     tree = validate(
         spec.root, spec.blobs, spec.chunk_size, spec.block_size, dictionary=spec.dictionary
     )
-    plan = _plan(spec.root, spec.block_size)
-    chunk_infos = _chunk_infos(plan.nodes, spec.blobs)
-    emitter = _Emitter(spec, plan, _regions(spec, plan, len(chunk_infos)))
-    emitter.emit_superblocks(tree, rafs.CHUNK_INFO_SIZE * len(chunk_infos))
-    emitter.emit_tables(chunk_infos)
-    for node in plan.nodes:
-        emitter.emit_node(node)
+    plan = _plan(tree, spec.block_size)
+    chunks = _distinct_chunks(plan.nodes, spec.blobs)
+    emitter = _Emitter(spec, plan, _regions(spec, plan, len(chunks)))
+    emitter.emit_superblocks(tree, rafs.CHUNK_INFO_SIZE * len(chunks))
+    emitter.emit_tables(chunks)
+    emitter.emit_nodes()
     return bytes(emitter.image)

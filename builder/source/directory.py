@@ -30,17 +30,19 @@ class _FileContent:
         self._path = path
         self._descriptor = descriptor
 
-    def readinto(self, buffer: memoryview) -> int:
-        position = 0
-        while position < len(buffer):
+    def read(self, length: int, /) -> bytes:
+        parts = []
+        rest = length
+        while rest:
             try:
-                count = os.readv(self._descriptor, [buffer[position:]])
+                part = os.read(self._descriptor, rest)
             except OSError as error:
                 raise _failed("cannot be read", self._path, error) from error
-            if not count:
+            if not part:
                 raise BuildError("file shrank while it was read", path=os.fsdecode(self._path))
-            position += count
-        return position
+            parts.append(part)
+            rest -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _add_content(path: bytes, node: Node, sink: ContentSink) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from builder.errors import BuildError
 from builder.source.options import ContentSink, SourceOptions
 from builder.tarstream import ByteStream, TarMember, TarStream
-from erofs import Node, error_context
+from erofs import Node, NydusError, error_context
 from erofs.layout import NAME_MAX, encode_device_number
 from erofs.tree import iter_names, split_xattr_name
 
@@ -23,6 +23,7 @@ __all__ = ["TreeLoader", "load_tar"]
 # eStargz keeps these in the root for itself.
 _SKIPPED = frozenset({b"stargz.index.json", b".prefetch.landmark", b".no.prefetch.landmark"})
 _DEVICE_KINDS = frozenset({stat.S_IFCHR, stat.S_IFBLK})
+_NO_NAMES = frozenset({b"", b".", b".."})
 # As the kernel counts them.
 _MAX_SYMLINKS = 40
 
@@ -44,11 +45,16 @@ class _Attributes(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a member belongs: its directory, its name, and its path without symlinks."""
+    """Where a member belongs: its directory, its name, and the directory without symlinks."""
 
     directory: Node
     name: bytes
-    path: _Parts
+    parents: _Parts
+
+    @property
+    def path(self) -> _Parts:
+        """The path without symlinks."""
+        return (*self.parents, self.name)
 
 
 class TreeLoader:
@@ -71,8 +77,9 @@ class TreeLoader:
         self._waiting: dict[_Parts, TarMember] = {}
         # Directories that no member described so far, by what they are.
         self._undescribed: dict[int, _Parts] = {id(self.root): ()}
-        # Where the last member was put, for its neighbours.
-        self._last: tuple[list[bytes], Node, _Parts] | None = None
+        # Where the last member was put, for its neighbours: the path of their directory as
+        # members say it, the directory, and its path without symlinks.
+        self._last: tuple[bytes, Node, _Parts] | None = None
 
     def add(self, member: TarMember) -> Node | None:
         """Add a member, and return the file whose content is to be taken, if it is one.
@@ -80,8 +87,11 @@ class TreeLoader:
         Raises:
             BuildError, FormatError: names source, entry and offset.
         """
-        with error_context(path=self._name, entry=member.path, offset=member.offset):
+        try:
             return self._add(member)
+        except NydusError as error:
+            error.add_context(path=self._name, entry=member.path, offset=member.offset)
+            raise
 
     def finish(self) -> Node:
         """Return the root of the complete tree; raise `BuildError`."""
@@ -100,13 +110,28 @@ class TreeLoader:
                 raise BuildError("path with an impossible component")
         return parts
 
-    def _place(self, parts: _Parts) -> _Place:
-        """Return where a path leads; directories that are missing on the way are made."""
-        *parents, name = parts
-        if self._last is None or self._last[0] != parents:
-            self._last = (parents, *self._walk(parents, make=True))
-        _, directory, path = self._last
-        return _Place(directory, name, (*path, name))
+    def _beside_last(self, path: bytes) -> _Place | None:
+        """Return where a path leads that is in the same directory as the one before it."""
+        if self._last is None:
+            return None
+        above, _, name = path.rpartition(b"/")
+        known, directory, parents = self._last
+        if above != known or not parents or name in _NO_NAMES:
+            return None
+        if len(name) > NAME_MAX or b"\0" in name:
+            return None
+        return _Place(directory, name, parents)
+
+    def _place(self, parts: _Parts, path: bytes = b"") -> _Place:
+        """Return where a path leads; directories that are missing on the way are made.
+
+        `path` is how a member says it, if its neighbours are to be found by that.
+        """
+        directory, parents = self._walk(parts[:-1], make=True)
+        above, _, name = path.rpartition(b"/")
+        # A slash at the end, or a dot, is no name.
+        self._last = (above, directory, parents) if name == parts[-1] else None
+        return _Place(directory, parts[-1], parents)
 
     def _walk(self, parts: Sequence[bytes], *, make: bool) -> tuple[Node, _Parts]:
         """Return the directory at a path, and its path without symlinks.
@@ -154,17 +179,20 @@ class TreeLoader:
         return _Attributes(member.mode, *owner, mtime, nsec)
 
     def _add(self, member: TarMember) -> Node | None:
-        parts = self._parts(member.path)
-        if not parts:
-            if not stat.S_ISDIR(member.kind) or member.is_hardlink:
-                raise BuildError("the root is not a directory")
-            self._apply(self.root, member)
-            return None
-        if len(parts) == 1 and parts[0] in _SKIPPED:
-            return None
-        place = self._place(parts)
-        self._linked.pop(place.path, None)
-        self._waiting.pop(place.path, None)
+        place = self._beside_last(member.path)
+        if place is None:
+            parts = self._parts(member.path)
+            if not parts:
+                if not stat.S_ISDIR(member.kind) or member.is_hardlink:
+                    raise BuildError("the root is not a directory")
+                self._apply(self.root, member)
+                return None
+            if len(parts) == 1 and parts[0] in _SKIPPED:
+                return None
+            place = self._place(parts, member.path)
+        if self._linked or self._waiting:
+            self._linked.pop(place.path, None)
+            self._waiting.pop(place.path, None)
         if not member.is_hardlink:
             return self._add_node(place, member)
         if not self._add_link(place, member):
@@ -188,16 +216,17 @@ class TreeLoader:
         if old is not None and old.is_dir and stat.S_ISDIR(member.kind):
             self._apply(old, member)
             return None
-        node = Node(member.kind)
-        if stat.S_ISDIR(member.kind):
-            node.children = {}
-        elif stat.S_ISLNK(member.kind):
-            node.target = member.link
-        elif member.kind in _DEVICE_KINDS:
-            node.rdev = encode_device_number(member.major, member.minor)
+        kind = member.kind
+        node = Node(kind)
         self._apply(node, member)
         self._put(place, node)
-        if not stat.S_ISREG(member.kind):
+        if kind != stat.S_IFREG:
+            if kind == stat.S_IFDIR:
+                node.children = {}
+            elif kind == stat.S_IFLNK:
+                node.target = member.link
+            elif kind in _DEVICE_KINDS:
+                node.rdev = encode_device_number(member.major, member.minor)
             return None
         if member.sparse is not None and self._in_place:
             raise BuildError("sparse file, whose content is not in the tar as it is")
@@ -207,15 +236,15 @@ class TreeLoader:
     def _apply(self, node: Node, member: TarMember) -> None:
         self._undescribed.pop(id(node), None)
         self._set(node, self._attributes(member))
-        for name in member.xattrs:
-            split_xattr_name(name)
+        if member.xattrs:
+            for name in member.xattrs:
+                split_xattr_name(name)
         node.xattrs = member.xattrs
 
     @staticmethod
     def _set(node: Node, attributes: _Attributes) -> None:
-        node.mode = stat.S_IFMT(node.mode) | attributes.mode
-        node.uid, node.gid = attributes.uid, attributes.gid
-        node.mtime, node.mtime_nsec = attributes.mtime, attributes.mtime_nsec
+        mode, node.uid, node.gid, node.mtime, node.mtime_nsec = attributes
+        node.mode = stat.S_IFMT(node.mode) | mode
 
     def _add_link(self, place: _Place, member: TarMember) -> bool:
         """Add a hard link; return False when what it links to is not there."""

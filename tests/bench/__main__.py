@@ -1,7 +1,7 @@
 """`python -m tests.bench`, which is `make bench`.
 
-Environment: BENCH_QUICK=1 for less than a minute, BENCH_JSON=path for the results as JSON,
-BENCH_SOURCE=path.tar for another tree, NYDUS_IMAGE_PEER, NYDUSD_PEER and NYDUS_OVERLAYFS_PEER
+Environment: BENCH_QUICK=1 for little of everything, BENCH_ONLY=builder for nydus-image alone,
+BENCH_JSON=path for the results as JSON, BENCH_SOURCE=path.tar for another tree, NYDUS_IMAGE_PEER, NYDUSD_PEER and NYDUS_OVERLAYFS_PEER
 for the paths of real programs to put beside ours, TMPDIR for another place than /var/tmp.
 """
 
@@ -18,13 +18,13 @@ from fscache.channel.fuse import require_fuse
 from fscache.probe import lazy_supported, probe
 from fscache.sharing import LazyUnsupported
 from tests.bench import report
+from tests.bench.builder import BuilderBench
+from tests.bench.builderinputs import image_command
 from tests.bench.containers import ContainerBench
-from tests.bench.create import CreateBench, image_command
 from tests.bench.daemon import DaemonBench, start_row
 from tests.bench.disk import DiskBench
 from tests.bench.fuse import FuseBench
 from tests.bench.measure import INTERRUPTS, BenchError, run
-from tests.bench.metadata import MetadataBench
 from tests.bench.overlay import OverlayBench
 from tests.bench.report import Row
 from tests.bench.rig import Image, Server
@@ -81,11 +81,11 @@ class _Bench:
         if tree is None:
             tree = self._directory / "tree.tar"
             pack_tree(tree, settings)
-        create = CreateBench(settings, tree, self._place("create"))
-        self._tell(create.rows(self._skip))
-        metadata = MetadataBench(settings, tree, self._place("metadata"))
-        self._tell(metadata.rows())
+        builder = BuilderBench(settings, tree, self._place("builder"))
+        self._tell(builder.rows(self._skip))
         self._tell(DiskBench(settings, tree, self._place("disk")).rows())
+        if os.environ.get("BENCH_ONLY") == "builder":
+            return
         self._tell(OverlayBench(settings, self._place("overlay")).rows(self._skip))
         verdict = lazy_supported(probe(self._directory))
         if verdict.ok:

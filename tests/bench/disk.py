@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from tests.bench.create import image_command
+from tests.bench.builderinputs import image_command
 from tests.bench.measure import child, fresh, run, take_turns
 from tests.bench.report import OURS, Row
 from tests.bench.source import Settings

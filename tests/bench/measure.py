@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = "tests.bench.children."
@@ -23,11 +24,15 @@ class BenchError(Exception):
 
 
 class Usage(NamedTuple):
-    """What one run of a program took; `peak_bytes` is its largest resident set."""
+    """What one run of a program took, by the clock and of all cores together.
+
+    `peak_bytes` is the largest resident set of the process itself.
+    """
 
     seconds: float
     peak_bytes: int
     output: bytes
+    cpu_seconds: float = 0.0
 
 
 def module(name: str, *arguments: object) -> list[str]:
@@ -120,11 +125,12 @@ class _PeakWatch:
         self._thread.join()
 
 
-def run(command: Sequence[str], log: Path) -> Usage:
-    """Run a program to its end; its errors go to `log`."""
+def run(command: Sequence[str], log: Path, source: IO[bytes] | None = None) -> Usage:
+    """Run a program to its end; its errors go to `log`, its input comes from `source`."""
+    before = _children_seconds()
     with log.open("wb") as errors:
         start = time.monotonic()
-        with started(command, stdout=subprocess.PIPE, stderr=errors) as process:
+        with started(command, stdin=source, stdout=subprocess.PIPE, stderr=errors) as process:
             watch = _PeakWatch(process.pid)
             try:
                 output = process.stdout.read()
@@ -137,7 +143,20 @@ def run(command: Sequence[str], log: Path) -> Usage:
     if process.returncode:
         text = log.read_text(errors="replace")[-2000:]
         raise BenchError(f"{' '.join(command)}: exit status {process.returncode}\n{text}")
-    return Usage(seconds, watch.peak_bytes, output)
+    return Usage(seconds, watch.peak_bytes, output, _children_seconds() - before)
+
+
+def run_fed(source: Sequence[str], command: Sequence[str], log: Path) -> Usage:
+    """Run a program whose input is what another one writes; only the second is measured."""
+    with started(source, stdout=subprocess.PIPE) as feeder:
+        # The other one is waited for later, so that its seconds do not count.
+        return run(command, log, feeder.stdout)
+
+
+def _children_seconds() -> float:
+    """Return the seconds of all cores that ended children, and theirs, have used."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @contextmanager
@@ -158,3 +177,26 @@ def take_turns(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict
         for name, measure in variants.items():
             seconds[name].append(measure())
     return seconds
+
+
+class Turns:
+    """Runs of programs side by side, with what each took.
+
+    Args:
+        rounds: how often each program runs; A B C A B C …
+    """
+
+    def __init__(self, rounds: int) -> None:
+        self._rounds = rounds
+        self.seconds: dict[str, list[float]] = {}
+        self.cpu_seconds: dict[str, list[float]] = {}
+        self.peak_bytes: dict[str, int] = {}
+
+    def take(self, variants: Mapping[str, Callable[[], Usage]]) -> None:
+        """Measure all variants in turns."""
+        for _ in range(self._rounds):
+            for name, measure in variants.items():
+                usage = measure()
+                self.seconds.setdefault(name, []).append(usage.seconds)
+                self.cpu_seconds.setdefault(name, []).append(usage.cpu_seconds)
+                self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), usage.peak_bytes)

@@ -18,13 +18,17 @@ class Row:
     """One measurement: the value of each round by variant, ours first among them.
 
     `note` says how much work it was; `facts` are numbers for the JSON; `unit` is "s" for
-    seconds, "B" for bytes, or what is counted.
+    seconds, "B" for bytes, or what is counted. Of whole programs `cpu_seconds` count all cores,
+    `peak_bytes` is the largest resident set, and `bars` are the ratios that ours is to stay below.
     """
 
     name: str
     values: dict[str, list[float]]
     note: str = ""
     facts: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, list[float]] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    bars: dict[str, float] = field(default_factory=dict)
     unit: str = "s"
 
 
@@ -75,9 +79,24 @@ def lines(row: Row) -> list[str]:
         ratio = _span(ratios(row, other), _ratio)
         result.append(_COLUMNS.format(name, ours, other, span, ratio))
         name = ours = ""
-    if row.note:
-        result.append(f"  {row.note}")
+    if name:
+        result.append(_COLUMNS.format(name, ours, "", "", "").rstrip())
+    result += [f"  {text}" for text in (row.note, _resources(row)) if text]
     return result
+
+
+def _resources(row: Row) -> str:
+    """Return what whole programs took of the machine, and where the bars are."""
+    parts = []
+    if row.cpu_seconds:
+        cpu = (f"{name} {_time(min(each))}" for name, each in row.cpu_seconds.items())
+        parts.append("least cpu: " + ", ".join(cpu))
+    if row.peak_bytes:
+        peaks = (f"{name} {peak >> 20} MiB" for name, peak in row.peak_bytes.items())
+        parts.append("peak: " + ", ".join(peaks))
+    if row.bars:
+        parts.append("bar: " + ", ".join(f"{bar:g} of {name}" for name, bar in row.bars.items()))
+    return "; ".join(parts)
 
 
 def _statistics(values: Sequence[float]) -> dict[str, object]:
@@ -97,7 +116,10 @@ def _json_row(row: Row) -> dict[str, object]:
         "facts": row.facts,
         "unit": row.unit,
         "values": {name: _statistics(values) for name, values in row.values.items()},
+        "cpu_seconds": {name: _statistics(values) for name, values in row.cpu_seconds.items()},
+        "peak_bytes": row.peak_bytes,
         "ratios": {name: _statistics(ratios(row, name)) for name in others},
+        "bars": row.bars,
     }
 
 

@@ -17,7 +17,6 @@ from erofs.rafs import DEFAULT_CHUNK_SIZE, Digester
 
 CHUNK = DEFAULT_CHUNK_SIZE
 BIG_NAME = "data"
-_LAYERS = 5
 # Installed packages are not part of the standard library.
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
@@ -43,6 +42,21 @@ class Settings:
     @property
     def tree_names(self) -> int:
         return 1500 if self.quick else 9000
+
+    @property
+    def files(self) -> int:
+        """Files of the trees that have many."""
+        return 2000 if self.quick else 100_000
+
+    @property
+    def layers(self) -> int:
+        """Layers of that many files each."""
+        return 3 if self.quick else 10
+
+    @property
+    def stream_bytes(self) -> int:
+        """What is built through a pipe, to see that memory does not grow with it."""
+        return 256 << 20 if self.quick else 10 << 30
 
     @property
     def big_bytes(self) -> int:
@@ -89,20 +103,39 @@ def pack_tree(target: Path, settings: Settings) -> None:
                 count += 1
 
 
-def pack_layers(source: Path, directory: Path) -> list[Path]:
-    """Cut a tar into layers of neighbours; each also brings a tenth of the one below anew."""
-    paths = []
-    with tarfile.open(source) as tar:
-        members = [member for member in tar.getmembers() if not member.islnk()]
-        step = len(members) // _LAYERS + 1
-        for number in range(_LAYERS):
-            start = number * step
-            path = directory / f"layer{number}.tar"
-            with tarfile.open(path, "w") as layer:
-                for member in members[max(0, start - step // 10) : start + step]:
-                    layer.addfile(member, tar.extractfile(member) if member.isreg() else None)
-            paths.append(path)
-    return paths
+_FILES_IN_DIRECTORY = 1000
+_HEADER_TEXT = b"%07o\0"
+
+
+def _header(name: bytes, kind: bytes, size: int) -> bytes:
+    """Return a ustar header; `tarfile` would take minutes for a million."""
+    block = bytearray(tarfile.BLOCKSIZE)
+    block[: len(name)] = name
+    for start, value in ((100, 0o755 if kind == b"5" else 0o644), (108, 0), (116, 0)):
+        block[start : start + 8] = _HEADER_TEXT % value
+    block[124:136], block[136:148] = b"%011o\0" % size, b"%011o\0" % 1_700_000_000
+    block[148:156], block[156:157] = b" " * 8, kind
+    block[257:265] = b"ustar\x0000"
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pack_files(target: Path, count: int, size: int, top: str = "t") -> None:
+    """Pack files of the same size and different content, a thousand in a directory."""
+    rng = random.Random(top)
+    padding = bytes(-size % tarfile.BLOCKSIZE)
+    with target.open("wb", buffering=1 << 20) as tar:
+        for number in range(count):
+            directory, place = divmod(number, _FILES_IN_DIRECTORY)
+            if not place:
+                tar.write(_header(b"%s/d%04d/" % (top.encode(), directory), b"5", 0))
+            name = b"%s/d%04d/file-%03d.txt" % (top.encode(), directory, place)
+            tar.write(_header(name, b"0", size))
+            if size:
+                # Half of it does not compress.
+                noise = rng.randbytes(size // 2)
+                tar.write(noise + bytes(size - len(noise)) + padding)
+        tar.write(bytes(2 * tarfile.BLOCKSIZE))
 
 
 def write_plan(source: Path, target: Path) -> tuple[int, int]:

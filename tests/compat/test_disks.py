@@ -44,17 +44,23 @@ CACHE = re.compile(r"\.blob\.(data|meta)|chunk_map")
 class _Defective(writer._Emitter):
     """Writes names in visiting order, and the whole target of a symlink behind its inode."""
 
-    def emit_node(self, node):
-        if node is self.spec.root:
-            for _, _, each in iter_names(node):
-                self.is_link = bool(each.target)
-                super().emit_node(each)
+    def emit_nodes(self):
+        plan = self.plan
+        directories = {each.node.number: each for each in plan.directories}
+        for _, _, node in iter_names(self.spec.root):
+            number = node.number
+            content = node.target
+            self.is_link = bool(content)
+            if node.is_dir:
+                content = self.directory_content(directories[number])
+            columns = (plan.inodes, plan.data, plan.layouts, plan.indexes, plan.links)
+            self.emit_node(node, content, *(column[number] for column in columns))
 
-    def emit_content(self, place, tail_position, content):
-        if self.is_link and place.layout == layout.LAYOUT_FLAT_INLINE:
-            self.put(tail_position, content)
+    def emit_content(self, data, data_layout, tail, content):
+        if self.is_link and data_layout == layout.LAYOUT_FLAT_INLINE:
+            self.put(tail, content)
         else:
-            super().emit_content(place, tail_position, content)
+            super().emit_content(data, data_layout, tail, content)
 
 
 def index(tar, bootstrap):

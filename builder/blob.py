@@ -119,7 +119,7 @@ class BlobFormat:
             stored = self.cipher.encrypt(stored)
         return Stored(stored, compressed is not None)
 
-    def encode_all(self, pieces: Sequence[bytes]) -> list[Stored]:
+    def encode_all(self, pieces: Sequence[bytes | bytearray]) -> list[Stored]:
         """Do as `encode` does with each of many pieces."""
         if self.cipher is not None:
             return [self.encode(piece) for piece in pieces]
@@ -349,12 +349,11 @@ class BlobWriter:
             len(digests), len(digests), framing.TOC_NONE,
         )  # fmt: skip
 
-    def write_bootstrap(self, bootstrap: bytes) -> None:
+    def write_bootstrap(self, bootstrap: Data) -> None:
         """Put the bootstrap into the blob; compressed only when there is a ToC to say so."""
-        stored = codec.compress(Compressor.ZSTD, bootstrap) if self._form.toc else None
-        flags = framing.TOC_NONE if stored is None else framing.TOC_ZSTD
-        if stored is None:
-            stored = bootstrap
+        packed = codec.compress(Compressor.ZSTD, memoryview(bootstrap)) if self._form.toc else None
+        flags = framing.TOC_NONE if packed is None else framing.TOC_ZSTD
+        stored: Data = bootstrap if packed is None else packed
         offset = self.position
         self._write(stored)
         self._end_section(framing.SECTION_BOOTSTRAP, len(stored))

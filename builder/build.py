@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from builder.blob import BlobFormat, BlobWriter
+from builder.blob import BlobFormat, BlobWriter, Data
 from builder.blobtable import BlobTable
 from builder.cachefiles import CacheFiles, Discard, TableOnly
 from builder.chunkdict import load_dictionary
@@ -32,9 +32,10 @@ from builder.source.opening import open_tar, source_name
 from builder.source.tar import load_tar
 from builder.stargz import read_toc
 from builder.tarfs import index_tar
-from erofs import BootstrapSpec, Node, write_bootstrap
+from erofs import BootstrapSpec, Node
 from erofs.rafs import INLINED_BLOB_ID, BlobEntry, BlobFeatures, Compressor, Digester
 from erofs.tree import iter_directories
+from erofs.writer import emit_bootstrap
 
 __all__ = ["BuildOptions", "BuildResult", "SourceType", "build", "write_bootstrap_file"]
 
@@ -211,11 +212,11 @@ def _settle_file_offsets(root: Node, chunk_size: int) -> int:
     return names
 
 
-def _bootstrap(root: Node, blobs: list[BlobEntry], options: BuildOptions) -> bytes:
+def _bootstrap(root: Node, blobs: list[BlobEntry], options: BuildOptions) -> memoryview:
     prefetch: list[Node] = []
     if blobs and options.prefetch_policy is PrefetchPolicy.FS:
         prefetch = pattern_nodes(root, parse_patterns(options.prefetch_patterns))
-    return write_bootstrap(
+    return emit_bootstrap(
         BootstrapSpec(
             root=root,
             blobs=blobs,
@@ -321,7 +322,7 @@ def _finish_inlined(
             external.commit()
 
 
-def _inline(writer: BlobWriter, bootstrap: bytes, toc: bool) -> None:
+def _inline(writer: BlobWriter, bootstrap: Data, toc: bool) -> None:
     writer.write_bootstrap(bootstrap)
     if toc:
         writer.write_toc()
@@ -358,7 +359,7 @@ def _finish_separate(
             result.external_bootstrap = external.commit()
 
 
-def _written(stack: ExitStack, target: Path, mode: int, data: bytes) -> OutputFile:
+def _written(stack: ExitStack, target: Path, mode: int, data: Data) -> OutputFile:
     """Return an output that holds `data` and only lacks its name."""
     output = stack.enter_context(OutputFile(target, mode))
     output.write(data)
@@ -371,7 +372,7 @@ def _external_path(target: Path, digest: str | None) -> Path:
     return (target if digest is None else target / digest).with_suffix(EXTERNAL_SUFFIX)
 
 
-def _external_bootstrap(builder: _Builder) -> bytes:
+def _external_bootstrap(builder: _Builder) -> memoryview:
     external = builder.external
     root, blobs = external if external is not None else (builder.empty_root, [])
     builder.result.external_blobs = _names(blobs)
@@ -402,7 +403,7 @@ def _build_tarfs(source: Path | BinaryIO, options: BuildOptions) -> BuildResult:
 
 
 def _bootstrap_place(
-    data: bytes, path: Path | None, directory: Path | None
+    data: Data, path: Path | None, directory: Path | None
 ) -> tuple[Path, int, str | None]:
     """Return target, mode and, for a directory, the name of a bootstrap: its SHA-256."""
     if path is not None:
@@ -412,7 +413,7 @@ def _bootstrap_place(
     return directory, BOOTSTRAP_IN_DIRECTORY_MODE, hashlib.sha256(data).hexdigest()
 
 
-def write_bootstrap_file(data: bytes, path: Path | None, directory: Path | None) -> Path:
+def write_bootstrap_file(data: Data, path: Path | None, directory: Path | None) -> Path:
     """Write a bootstrap to `path`, or into `directory` under its SHA-256."""
     target, mode, name = _bootstrap_place(data, path, directory)
     return write_file(target, data, mode, name)

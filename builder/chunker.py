@@ -30,7 +30,7 @@ IN_FLIGHT_BYTES = 32 << 20
 class ContentReader(Protocol):
     """What gives a file's content, front to back."""
 
-    def read(self, length: int, /) -> bytes:
+    def read(self, length: int, /) -> bytes | bytearray:
         """Return as many bytes; raise when the source ends too early."""
 
 
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
     """
 
     node: Node
-    data: bytes
+    data: bytes | bytearray
     is_small: bool = False
     place: Place | None = None
 
@@ -204,7 +204,7 @@ class Chunker:
         if self._progress is not None:
             self._progress(size)
 
-    def _new_chunk(self, data: bytes, worked: Worked) -> Chunk:
+    def _new_chunk(self, data: bytes | bytearray, worked: Worked) -> Chunk:
         chunk = self._dedup.new_chunk(worked.digest, len(data), worked.crc32c)
         if worked.stored is None:
             self._packer.add_small(chunk, data)

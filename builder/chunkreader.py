@@ -8,23 +8,32 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 
 from builder.blobfiles import BlobFiles, BlobProvider, open_blob
 from erofs import Chunk, CorruptStructure, IntegrityError, UnsupportedFeature, digest
 from erofs.blobcheck import read_compression_table
 from erofs.citable import CompressionTable
-from erofs.errors import error_context
+from erofs.errors import NydusError, error_context
 from erofs.rafs import MAX_CHUNK_SIZE, BlobEntry, BlobFeatures, ChunkFlags, Digester
 from erofs.stored import StoredData
 from erofs.view import ReadAt
 from fscache.backend.retry import RetryPolicy
 
-__all__ = ["BlobProvider", "ChunkReader", "read_chunk", "require_plain"]
+__all__ = ["BlobProvider", "ChunkReader", "ReadAhead", "read_chunk", "require_plain"]
 
+# What the thread that reads ahead takes at once, and how much may wait for its turn.
+SPAN_BYTES = 1 << 20
+AHEAD_BYTES = 16 << 20
 _UNSUPPORTED = BlobFeatures.EXTERNAL
 _KNOWN_FLAGS = ChunkFlags.COMPRESSED | ChunkFlags.ENCRYPTED | ChunkFlags.HAS_CRC
+
+
+_Content = bytes | memoryview | NydusError
 
 
 def require_plain(blob: BlobEntry) -> None:
@@ -162,3 +171,68 @@ class ChunkReader:
         if isinstance(reader, _TabledBlob):
             return reader.read(chunk)
         return read_chunk(reader, blob, chunk)
+
+
+class ReadAhead:
+    """Reads chunks in the order in which they will be asked for, by a thread of its own.
+
+    Use as a context manager. What fails is raised when that chunk's turn has come.
+
+    Args:
+        reader: nobody else uses it meanwhile.
+        chunks: all that will be asked for, in order.
+    """
+
+    def __init__(self, reader: ChunkReader, chunks: Iterable[Chunk]) -> None:
+        self._reader = reader
+        self._chunks = iter(chunks)
+        self._pool = ThreadPoolExecutor(1, "read-ahead")
+        self._spans: deque[tuple[int, Future[list[_Content]]]] = deque()
+        self._in_flight = 0
+        self._current: Iterator[_Content] = iter(())
+
+    def _submit(self) -> None:
+        """Ask for spans of chunks, as many as may be in memory."""
+        while self._in_flight < AHEAD_BYTES:
+            span: list[Chunk] = []
+            size = 0
+            for chunk in self._chunks:
+                span.append(chunk)
+                size += chunk.uncompressed_size
+                if size >= SPAN_BYTES:
+                    break
+            if not span:
+                return
+            self._spans.append((size, self._pool.submit(self._read, span)))
+            self._in_flight += size
+
+    def _read(self, chunks: Sequence[Chunk]) -> list[_Content]:
+        found: list[_Content] = []
+        for chunk in chunks:
+            try:
+                found.append(self._reader.read(chunk))
+            except NydusError as error:
+                # What was read before it is good.
+                found.append(error)
+                break
+        return found
+
+    def read(self) -> bytes | memoryview:
+        """Return the verified content of the next chunk; raise as `ChunkReader.read` does."""
+        content = next(self._current, None)
+        if content is None:
+            self._submit()
+            size, job = self._spans.popleft()
+            self._current = iter(job.result())
+            self._in_flight -= size
+            self._submit()
+            content = next(self._current)
+        if isinstance(content, NydusError):
+            raise content
+        return content
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)

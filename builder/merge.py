@@ -15,9 +15,10 @@ from builder.options import BuildResult
 from builder.overlay import apply_layer
 from builder.prefetch import PrefetchPolicy, find_node, parse_patterns, pattern_nodes
 from builder.source.options import WhiteoutSpec
-from erofs import AnyBootstrap, Bootstrap, BootstrapSpec, Node, write_bootstrap
+from erofs import AnyBootstrap, Bootstrap, BootstrapSpec, Node
 from erofs.rafs import BlobEntry, BlobFeatures, Compressor, SuperFlags
 from erofs.tree import iter_directories
+from erofs.writer import emit_bootstrap
 
 __all__ = ["InconsistentLayers", "MergeOptions", "merge"]
 
@@ -242,7 +243,7 @@ def merge(sources: Sequence[Path], options: MergeOptions) -> tuple[BuildResult, 
     if blobs and options.prefetch_policy is PrefetchPolicy.FS:
         prefetch = pattern_nodes(root, parse_patterns(options.prefetch_patterns))
     with result.timed("dump_bootstrap"):
-        data = write_bootstrap(
+        data = emit_bootstrap(
             BootstrapSpec(
                 root=root,
                 blobs=blobs,

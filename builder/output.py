@@ -143,7 +143,9 @@ def _temporary(target: Path, is_directory: bool) -> Path:
     return target.parent / f".{target.name[:200]}.{token}"
 
 
-def write_file(target: Path, data: bytes, mode: int, name: str | None = None) -> Path:
+def write_file(
+    target: Path, data: bytes | bytearray | memoryview, mode: int, name: str | None = None
+) -> Path:
     """Write a whole file atomically and return its path; raise `BuildError`."""
     with OutputFile(target, mode) as output:
         output.write(data)

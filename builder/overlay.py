@@ -87,5 +87,5 @@ def _deleted_name(name: bytes, child: Node, spec: WhiteoutSpec) -> bytes | None:
 def _take_opaque_mark(child: Node, spec: WhiteoutSpec) -> bool:
     if spec is not WhiteoutSpec.OVERLAYFS or child.xattrs.get(OVERLAY_OPAQUE) != b"y":
         return False
-    del child.xattrs[OVERLAY_OPAQUE]
+    child.xattrs = {name: value for name, value in child.xattrs.items() if name != OVERLAY_OPAQUE}
     return True

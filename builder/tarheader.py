@@ -18,6 +18,7 @@ from zlib import adler32
 from builder.errors import TarError
 from builder.tarpax import PaxFields, decode_pax
 from builder.tarsparse import SPARSE_NAME, Extent, SparseMap
+from erofs.base import NO_XATTRS
 
 __all__ = [
     "BLOCK_SIZE",
@@ -140,7 +141,7 @@ class TarMember(NamedTuple):
     major: int
     minor: int
     size: int
-    xattrs: dict[bytes, bytes]
+    xattrs: Mapping[bytes, bytes]
     offset: int
     stored_size: int
     sparse: SparseMap | None = None
@@ -356,7 +357,21 @@ def _plain_member(header: TarHeader, offset: int) -> TarMember | None:
     if kind != stat.S_IFLNK:
         link = b""
     return TarMember(
-        path, kind, False, link, mode & 0o7777, uid, gid, mtime, None, 0, 0, size, {}, offset, size
+        path,
+        kind,
+        False,
+        link,
+        mode & 0o7777,
+        uid,
+        gid,
+        mtime,
+        None,
+        0,
+        0,
+        size,
+        NO_XATTRS,
+        offset,
+        size,
     )
 
 

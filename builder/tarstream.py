@@ -32,6 +32,8 @@ __all__ = ["ByteStream", "TarError", "TarMember", "TarStream"]
 
 _ZERO_BLOCK = bytes(BLOCK_SIZE)
 _SKIP_SIZE = 1 << 20
+# Up to here a stream's own buffer is the fastest way; above, another copy is the slowest.
+_SMALL_READ = 64 << 10
 _MAX_GLOBAL_RECORDS = 1 << 20
 # Content limits of the members that describe other members.
 _BODY_LIMITS = {
@@ -99,19 +101,20 @@ class TarStream:
                 return
             yield member
 
-    def read(self, length: int) -> bytes:
+    def read(self, length: int) -> bytes | bytearray:
         """Return the next `length` bytes of the current member, fewer only at its end.
 
         Raises:
             TarError: the stream ends inside the member.
         """
-        if self._extents is None:
-            data = self._exactly(max(0, min(length, self._remaining)), "content")
-            self._remaining -= len(data)
+        length = max(0, min(length, self._left))
+        if self._extents is None and length <= _SMALL_READ:
+            data = self._exactly(length, "content")
+            self._remaining -= length
             return data
-        buffer = bytearray(max(0, min(length, self._left)))
-        self._expand(memoryview(buffer), self._extents)
-        return bytes(buffer)
+        buffer = bytearray(length)
+        self.readinto(memoryview(buffer))
+        return buffer
 
     def readinto(self, buffer: memoryview) -> int:
         """Fill a buffer of bytes from the current member, return how many there were.
@@ -289,16 +292,15 @@ class TarStream:
         data = self._stream.read(length)
         if len(data) == length or not data:
             return data
-        # Of a stream that gives little at once, as one that stops at the ends of blocks.
-        buffer = memoryview(bytearray(length))
-        filled = len(data)
-        buffer[:filled] = data
-        while filled < length:
-            count = self._stream.readinto(buffer[filled:])
-            if not count:
+        parts = [data]
+        missing = length - len(data)
+        while missing:
+            data = self._stream.read(missing)
+            if not data:
                 break
-            filled += count
-        return bytes(buffer[:filled])
+            parts.append(data)
+            missing -= len(data)
+        return b"".join(parts)
 
     def _skip(self, count: int, what: str) -> None:
         while count:

@@ -1,21 +1,21 @@
-"""Turn an image back into a tar, as a stream: no more than a chunk of content is in memory."""
+"""Turn an image back into a tar, as a stream: some mebibytes of content are in memory."""
 
 from __future__ import annotations
 
 import logging
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from builder.bootstrap import blob_ids, load_tree, open_any_bootstrap
-from builder.chunkreader import BlobProvider, ChunkReader
+from builder.chunkreader import BlobProvider, ChunkReader, ReadAhead
 from builder.errors import BuildError
 from builder.listing import log_features, readable
 from builder.output import OutputFile
 from builder.tarmember import BLOCK_SIZE, END_OF_ARCHIVE, fits_tar, pack_member
-from erofs import Node
+from erofs import Chunk, Node
 from erofs.errors import error_context
 from erofs.tree import iter_names
 
@@ -44,7 +44,7 @@ class UnpackResult:
 
 class _Packer:
     def __init__(
-        self, sink: Sink, chunks: ChunkReader, progress: Callable[[int], None] | None
+        self, sink: Sink, chunks: ReadAhead, progress: Callable[[int], None] | None
     ) -> None:
         self._sink = sink
         self._chunks = chunks
@@ -74,8 +74,8 @@ class _Packer:
             self._sink.write(pack_member(path, node, first))
             return
         self._sink.write(pack_member(path, node))
-        for chunk in node.chunks:
-            data = self._chunks.read(chunk)
+        for _ in node.chunks:
+            data = self._chunks.read()
             self._sink.write(data)
             self.result.content_bytes += len(data)
             if self._progress is not None:
@@ -138,6 +138,16 @@ def unpack(
 def _write(
     root: Node, sink: Sink, chunks: ChunkReader, progress: Callable[[int], None] | None
 ) -> UnpackResult:
-    packer = _Packer(sink, chunks, progress)
-    packer.pack(root)
+    with ReadAhead(chunks, _content(root)) as ahead:
+        packer = _Packer(sink, ahead, progress)
+        packer.pack(root)
     return packer.result
+
+
+def _content(root: Node) -> Iterator[Chunk]:
+    """Yield the chunks of all files in the order of their first names."""
+    done: set[int] = set()
+    for _, _, node in iter_names(root):
+        if node.chunks and stat.S_ISREG(node.mode) and id(node) not in done:
+            done.add(id(node))
+            yield from node.chunks

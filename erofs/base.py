@@ -10,15 +10,27 @@ import mmap
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from erofs.errors import CorruptStructure, FormatError
 from erofs.view import View
 
-__all__ = ["BlobHint", "DirectoryEntry", "ImageBase", "InodeBase", "Source", "Tables", "open_as"]
+__all__ = [
+    "NO_XATTRS",
+    "BlobHint",
+    "DirectoryEntry",
+    "ImageBase",
+    "InodeBase",
+    "Source",
+    "Tables",
+    "open_as",
+]
+
+# Nearly every inode's, so that there is only one.
+NO_XATTRS: Mapping[bytes, bytes] = MappingProxyType({})
 
 Source = Path | str | bytes | bytearray | memoryview
 

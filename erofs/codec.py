@@ -48,7 +48,7 @@ def _zstd_compress(data: bytes | memoryview) -> bytes:
     return result
 
 
-def _zstd_compress_all(pieces: Sequence[bytes]) -> Sequence[memoryview] | None:
+def _zstd_compress_all(pieces: Sequence[bytes | bytearray]) -> Sequence[memoryview] | None:
     """Compress many pieces to frames of their own; None when the library cannot do that."""
     compressor = _zstd("compressor", lambda zstd: zstd.ZstdCompressor(level=ZSTD_LEVEL))
     # Only the package's extension in C has it.
@@ -154,7 +154,7 @@ def compress(algorithm: Compressor, data: bytes | memoryview) -> bytes | None:
     return result if len(result) < len(data) else None
 
 
-def compress_all(algorithm: Compressor, pieces: Sequence[bytes]) -> list[Data | None]:
+def compress_all(algorithm: Compressor, pieces: Sequence[bytes | bytearray]) -> list[Data | None]:
     """Return for each piece what `compress` returns, in one go.
 
     A library that takes many at once gives up the interpreter's lock only once for them.
@@ -166,7 +166,7 @@ def compress_all(algorithm: Compressor, pieces: Sequence[bytes]) -> list[Data | 
                 result if len(result) < len(piece) else None
                 for piece, result in zip(pieces, many, strict=True)
             ]
-    return [compress(algorithm, piece) for piece in pieces]
+    return [compress(algorithm, memoryview(piece)) for piece in pieces]
 
 
 def decompress(algorithm: Compressor, data: bytes | memoryview, size: int) -> bytes:

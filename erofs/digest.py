@@ -31,12 +31,12 @@ def _crc32c() -> Any:
     return function
 
 
-def digest(algorithm: Digester, data: bytes | memoryview) -> bytes:
+def digest(algorithm: Digester, data: bytes | bytearray | memoryview) -> bytes:
     """Return the 32-byte digest of an uncompressed chunk."""
     return function(algorithm)(data)
 
 
-def function(algorithm: Digester) -> Callable[[bytes | memoryview], bytes]:
+def function(algorithm: Digester) -> Callable[[bytes | bytearray | memoryview], bytes]:
     """Return the function for one algorithm: of many small chunks the choice takes its time."""
     if algorithm is Digester.SHA256:
         return lambda data: hashlib.sha256(data).digest()
@@ -44,7 +44,7 @@ def function(algorithm: Digester) -> Callable[[bytes | memoryview], bytes]:
     return lambda data: blake3(data).digest()
 
 
-def crc32c(data: bytes | memoryview) -> int:
+def crc32c(data: bytes | bytearray | memoryview) -> int:
     """Return the CRC-32C (Castagnoli) of `data`."""
     result: int = _crc32c()(data)
     return result

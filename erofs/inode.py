@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from erofs import layout
-from erofs.base import DirectoryEntry, InodeBase
+from erofs.base import NO_XATTRS, DirectoryEntry, InodeBase
 from erofs.errors import CorruptStructure, OutOfBounds, UnsupportedFeature
 from erofs.layout import ChunkIndex, Dirent, InodeCompact, XattrEntry, XattrHeader
 from erofs.view import View, align_up
@@ -211,10 +211,10 @@ class Inode(InodeBase):
             yield position, name, bytes(body[entry.name_len :])
             position += align_up(size, 4)
 
-    def xattrs(self) -> dict[bytes, bytes]:
+    def xattrs(self) -> Mapping[bytes, bytes]:
         """Return all xattrs by full name; raise `FormatError`."""
         if not self.xattr_size:
-            return {}
+            return NO_XATTRS
         return {name: value for _, name, value in self.xattr_entries()}
 
     @property

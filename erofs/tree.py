@@ -7,11 +7,12 @@ paths for bad input.
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from erofs import layout
+from erofs.base import NO_XATTRS
 from erofs.errors import CorruptStructure
 from erofs.rafs import MAX_CHUNKS_PER_BLOB, BlobEntry, ChunkInfo
 from erofs.view import align_up
@@ -95,7 +96,7 @@ class Node:
     rdev: int = 0
     size: int = 0
     target: bytes = b""
-    xattrs: dict[bytes, bytes] = field(default_factory=dict)
+    xattrs: Mapping[bytes, bytes] = field(default_factory=lambda: NO_XATTRS)
     chunks: list[Chunk] = field(default_factory=list)
     children: dict[bytes, Node] | None = None
     number: int = field(default=-1, init=False, repr=False)

@@ -12,7 +12,8 @@ from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import attrgetter
 from typing import NamedTuple
 
 from erofs import layout, rafs
@@ -32,7 +33,7 @@ from erofs.rafs import BlobEntry, BlobFeatures, ExtendedSuperblock, SuperFlags
 from erofs.tree import Chunk, Node, ValidDirectory, ValidTree, split_xattr_name, validate
 from erofs.view import align_down, align_up
 
-__all__ = ["BootstrapSpec", "write_bootstrap"]
+__all__ = ["BootstrapSpec", "emit_bootstrap", "write_bootstrap"]
 
 REGION_ALIGNMENT = 4096
 DEVICE_ALIGNMENT = 0x80000
@@ -477,12 +478,20 @@ def _distinct_chunks(nodes: list[Node], blobs: list[BlobEntry]) -> list[Chunk]:
     External chunks have no digests; their numbers tell them apart.
     """
     external = [bool(blob.features & BlobFeatures.EXTERNAL) for blob in blobs]
-    table: dict[tuple[bytes, int, int], Chunk] = {}
-    for node in nodes:
-        for chunk in node.chunks:
-            number = chunk.chunk_index if external[chunk.blob_index] else -1
-            table[chunk.digest, chunk.blob_index, number] = chunk
-    return [table[key] for key in sorted(table)]
+    chunks = [chunk for node in nodes for chunk in node.chunks]
+    # By digests first, which seldom are equal: tuples of all keys would take longer.
+    chunks.sort(key=attrgetter("digest"))
+    distinct: list[Chunk] = []
+    for _, equal in groupby(chunks, key=attrgetter("digest")):
+        alike = list(equal)
+        if len(alike) > 1:
+            table = {
+                (each.blob_index, each.chunk_index if external[each.blob_index] else -1): each
+                for each in alike
+            }
+            alike = [table[key] for key in sorted(table)]
+        distinct += alike
+    return distinct
 
 
 def _regions(spec: BootstrapSpec, plan: _Plan, chunk_infos: int) -> _Regions:
@@ -499,12 +508,8 @@ def _regions(spec: BootstrapSpec, plan: _Plan, chunk_infos: int) -> _Regions:
     return _Regions(blob_table, prefetch_table, base, chunk_table, end)
 
 
-def write_bootstrap(spec: BootstrapSpec) -> bytes:
-    """Return the bytes of a bootstrap; the same spec always gives the same bytes.
-
-    Raises:
-        CorruptStructure: the tree does not fit the format.
-    """
+def emit_bootstrap(spec: BootstrapSpec) -> memoryview:
+    """Return the bytes of a bootstrap, read-only; see `write_bootstrap`, which copies them."""
     tree = validate(
         spec.root, spec.blobs, spec.chunk_size, spec.block_size, dictionary=spec.dictionary
     )
@@ -514,4 +519,13 @@ def write_bootstrap(spec: BootstrapSpec) -> bytes:
     emitter.emit_superblocks(tree, rafs.CHUNK_INFO_SIZE * len(chunks))
     emitter.emit_tables(chunks)
     emitter.emit_nodes()
-    return bytes(emitter.image)
+    return memoryview(emitter.image).toreadonly()
+
+
+def write_bootstrap(spec: BootstrapSpec) -> bytes:
+    """Return the bytes of a bootstrap; the same spec always gives the same bytes.
+
+    Raises:
+        CorruptStructure: the tree does not fit the format.
+    """
+    return bytes(emit_bootstrap(spec))

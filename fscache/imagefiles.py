@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -103,7 +103,7 @@ class ImageFiles:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return inode.readlink()
 
-    def xattrs(self, number: int) -> dict[bytes, bytes]:
+    def xattrs(self, number: int) -> Mapping[bytes, bytes]:
         """Return the extended attributes of an inode by their full names."""
         return self.inode(number).xattrs()
 

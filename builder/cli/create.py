@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from builder import stargz
 from builder.attributes import parse_attributes
-from builder.backends import daemon_backend
 from builder.build import BuildOptions, BuildResult, SourceType, build
 from builder.chunkdict import dictionary_path
 from builder.cli.common import Progress, read_patterns
@@ -66,6 +65,9 @@ def _check_words(arguments: argparse.Namespace) -> None:
             )
         raise BuildError("RAFS v5 is not written, only v6 is supported")
     if arguments.config is not None:
+        # Imported here, as what is seldom needed and takes its time.
+        from builder.backends import daemon_backend
+
         daemon_backend(arguments.config)
     if arguments.source == "-" and arguments.prefetch_policy != "none":
         parser.error("standard input cannot be both the source and the prefetch list")

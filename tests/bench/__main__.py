@@ -1,8 +1,9 @@
 """`python -m tests.bench`, which is `make bench`.
 
 Environment: BENCH_QUICK=1 for little of everything, BENCH_ONLY=builder for nydus-image alone,
-BENCH_JSON=path for the results as JSON, BENCH_SOURCE=path.tar for another tree, NYDUS_IMAGE_PEER, NYDUSD_PEER and NYDUS_OVERLAYFS_PEER
-for the paths of real programs to put beside ours, TMPDIR for another place than /var/tmp.
+BENCH_JSON=path for the results as JSON, BENCH_SOURCE=path.tar for another tree,
+NYDUS_IMAGE_PEER, NYDUSD_PEER and NYDUS_OVERLAYFS_PEER for the paths of real programs to put
+beside ours, TMPDIR for another place than /var/tmp.
 """
 
 from __future__ import annotations

@@ -87,8 +87,20 @@ class Inputs:
         return bootstrap, directory
 
     def tree_image(self) -> tuple[Path, Path]:
-        """Build the tree; return bootstrap and directory of the blob."""
-        return self._image(self.tree, "treeimage")
+        """Build the tree without devices and FIFOs; return bootstrap and directory of the blob.
+
+        The real tool's `unpack` aborts on those.
+        """
+        target = self._directory / "plain.tar"
+        with tarfile.open(self.tree) as tar, tarfile.open(target, "w") as plain:
+            for member in tar:
+                if member.isreg():
+                    plain.addfile(member, tar.extractfile(member))
+                elif not member.isdev():
+                    plain.addfile(member)
+        image = self._image(target, "treeimage")
+        target.unlink()
+        return image
 
     def _layers(self) -> list[Path]:
         """Build bootstraps whose files share no name, each called as its blob is."""

@@ -1,6 +1,7 @@
 import pytest
 
-from builder.chunkreader import ChunkReader, read_chunk, require_plain
+from builder import chunkreader
+from builder.chunkreader import ChunkReader, ReadAhead, read_chunk, require_plain
 from erofs import Chunk, CodecError, CorruptStructure, IntegrityError, OutOfBounds
 from erofs.errors import UnsupportedFeature
 from erofs.rafs import BlobFeatures, ChunkFlags, Compressor
@@ -121,3 +122,31 @@ def test_temporary_failures_are_repeated():
     provider = Provider(blob.stored, failures=1)
     ChunkReader([blob.entry], ["id"], provider).read(chunk_of(blob, 0))
     assert provider.reads == 2
+
+
+def test_reading_ahead_gives_everything_in_order(monkeypatch):
+    monkeypatch.setattr(chunkreader, "SPAN_BYTES", 8192)
+    monkeypatch.setattr(chunkreader, "AHEAD_BYTES", 16384)
+    blob = Blob([4096] * 9)
+    provider = Provider(blob.stored)
+    reader = ChunkReader([blob.entry], ["id"], provider)
+    order = [0, 3, 3, 8, 1, 2, 7, 5, 4, 6, 0]
+    chunks = [chunk_of(blob, number) for number in range(9)]
+    with ReadAhead(reader, [chunks[number] for number in order]) as ahead:
+        # No more than is to be in memory.
+        assert ahead.read() == read_chunk(View(blob.stored), blob.entry, chunks[0])
+        assert provider.reads <= 7
+        for number in order[1:]:
+            assert ahead.read() == read_chunk(View(blob.stored), blob.entry, chunks[number])
+
+
+def test_reading_ahead_fails_when_it_is_the_turn_of_what_is_damaged():
+    blob = Blob([4096] * 3)
+    stored = bytearray(blob.stored)
+    damaged = chunk_of(blob, 1)
+    stored[damaged.compressed_offset + 10] ^= 1
+    reader = ChunkReader([blob.entry], ["id"], Provider(bytes(stored)))
+    with ReadAhead(reader, [chunk_of(blob, 0), damaged, chunk_of(blob, 2)]) as ahead:
+        ahead.read()
+        with pytest.raises((CodecError, IntegrityError)):
+            ahead.read()

@@ -93,7 +93,7 @@ def test_none_keeps_everything():
 def test_overlayfs_marks():
     lower = tree(f=file(1), d=tree(old=file(2)), e=tree(old=file(2)))
     opaque = tree(new=file(3))
-    opaque.xattrs[b"trusted.overlay.opaque"] = b"y"
+    opaque.xattrs = {b"trusted.overlay.opaque": b"y"}
     upper = tree(f=Node(stat.S_IFCHR, rdev=0), d=opaque, e=tree())
     merged = apply_layer(lower, upper, WhiteoutSpec.OVERLAYFS)
     assert names(merged) == {"d": {"new": 3}, "e": {"old": 2}}

@@ -4,6 +4,7 @@ import tarfile
 
 import pytest
 
+from builder import tarmember
 from builder.tarmember import END_OF_ARCHIVE, fits_tar, pack_member
 from builder.tarstream import TarStream
 from erofs import CorruptStructure, Node
@@ -125,3 +126,26 @@ def test_xattrs():
 def test_sockets_do_not_fit():
     assert not fits_tar(Node(stat.S_IFSOCK | 0o600))
     assert fits_tar(Node(stat.S_IFIFO | 0o600))
+
+
+_KINDS = (
+    Node(stat.S_IFREG | 0o4755, uid=1000, gid=8**7 - 1, mtime=1_700_000_000, size=12345),
+    Node(stat.S_IFREG, size=8**11 - 1, mtime=8**11 - 1),
+    Node.directory(0o1777),
+    Node(stat.S_IFLNK | 0o777, target=b"../" + b"t" * 90, mtime=1),
+    Node(stat.S_IFLNK | 0o777, target=b"t" * 101),
+    Node(stat.S_IFREG, uid=8**7),
+    Node(stat.S_IFREG, mtime=-1),
+    Node(stat.S_IFREG, xattrs={b"user.a": b"b"}),
+    Node(stat.S_IFIFO | 0o600),
+    Node(stat.S_IFCHR | 0o600, rdev=encode_device_number(1, 3)),
+)
+
+
+@pytest.mark.parametrize("path", [b"", b"a/b", b"n" * 99, b"n" * 100, b"n" * 101, b"\xc3\xa9"])
+@pytest.mark.parametrize("node", _KINDS, ids=lambda node: f"{node.mode:o}")
+def test_short_headers_are_those_of_tarfile(monkeypatch, path, node):
+    links = [None, b"l" * 100, b"l" * 101] if stat.S_ISREG(node.mode) else [None]
+    quick = [pack_member(path, node, link) for link in links]
+    monkeypatch.setattr(tarmember, "_plain_header", lambda *arguments: None)
+    assert quick == [pack_member(path, node, link) for link in links]

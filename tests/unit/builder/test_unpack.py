@@ -144,8 +144,8 @@ def test_fifo_as_output(tmp_path):
     assert stat.S_ISFIFO(fifo.stat().st_mode)
 
 
-def test_no_more_than_a_chunk_is_held(tmp_path):
-    """Each write is at most a chunk long, whatever the size of the file."""
+def test_no_more_than_a_chunk_is_written_at_once(tmp_path):
+    """Each write is at most a chunk long, whatever the size of the file; the next are read."""
     path = built(tmp_path, tar_of(member("f", data=bytes(range(256)) * 1024)))
     sizes = []
 

@@ -1,9 +1,11 @@
 import os
+import random
 
 import lz4.block
 import pytest
 import zstandard
 
+from erofs import codec
 from erofs.codec import compress, decompress
 from erofs.digest import crc32c, digest
 from erofs.errors import CodecError
@@ -85,3 +87,21 @@ def test_bombs_are_refused_at_the_promised_size():
 def test_frame_without_a_content_size():
     frame = zstandard.ZstdCompressor(write_content_size=False).compress(_TEXT)
     assert decompress(Compressor.ZSTD, frame, len(_TEXT)) == _TEXT
+
+
+@pytest.mark.parametrize("algorithm", [Compressor.ZSTD, Compressor.LZ4_BLOCK, Compressor.NONE])
+def test_many_at_once_are_what_each_is_alone(algorithm):
+    rng = random.Random(6)
+    sizes = [1, 2, 7, 100, 4096, 65536, 70000, 1 << 20]
+    pieces = [rng.randbytes(size // 2) + bytes(size - size // 2) for size in sizes]
+    pieces += [rng.randbytes(300), b"a" * 300, bytearray(5000), b""]
+    alone = [codec.compress(algorithm, memoryview(piece)) for piece in pieces]
+    for count in (len(pieces), len(pieces) - 1, 1, 0):
+        found = codec.compress_all(algorithm, pieces[:count])
+        assert [each if each is None else bytes(each) for each in found] == alone[:count]
+
+
+def test_without_the_function_for_many(monkeypatch):
+    expected = codec.compress(Compressor.ZSTD, bytes(1000))
+    monkeypatch.setattr(codec, "_zstd_compress_all", lambda pieces: None)
+    assert codec.compress_all(Compressor.ZSTD, [bytes(1000)] * 2) == [expected] * 2

@@ -35,7 +35,7 @@ demo: install ## build a real root filesystem, mount it lazily, run programs fro
 .PHONY: test
 test: install ## all tests that need no other machine; kernel tests when root
 	@.ci/packages erofs-utils attr acl libcap2-bin e2fsprogs tar \
-		fuse3 cryptsetup-bin fdisk openssl qemu-utils busybox-static
+		fuse3 cryptsetup-bin fdisk openssl qemu-utils qemu-system-common busybox-static
 	@# What needs no kernel runs on all cores; status 5 is that PYTEST_ARGS choose nothing of a part.
 	@$(PYTEST) -n auto --dist worksteal --ignore=tests/real --ignore=tests/vm \
 		--ignore=tests/integration $(PYTEST_ARGS) || [ $$? = 5 ]

@@ -12,31 +12,27 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from capabilities import requires
+from capabilities import CI, requires
 from fakes.kata_runtime import CHECKOUT, SECONDS, Exported, image_request, passthrough_request
 
 from fscache.virtiofs import VirtiofsError, find_virtiofsd
 from fscache.virtiofs_cli import TREE
 from kata.guest import PASSTHROUGH_MOUNTPOINT, image_mountpoint
 
-
-def _no_virtiofsd():
-    try:
-        find_virtiofsd()
-    except VirtiofsError as error:
-        return str(error)
-    return None
-
-
-pytestmark = [
-    pytest.mark.root,
-    requires("root", "erofs_mount", "fanotify"),
-    pytest.mark.skipif(_no_virtiofsd() is not None, reason=_no_virtiofsd() or ""),
-]
+pytestmark = [pytest.mark.root, requires("root", "erofs_mount", "fanotify")]
 
 FILE = b"of the image\n" * 1000
 # What Kata's configuration has for its own virtiofsd.
 EXTRA = ("--thread-pool-size=1", "--announce-submounts")
+
+
+@pytest.fixture(autouse=True)
+def virtiofsd():
+    """The system's, which is in no PATH."""
+    try:
+        find_virtiofsd()
+    except VirtiofsError as error:
+        (pytest.fail if CI else pytest.skip)(str(error))
 
 
 @pytest.fixture
@@ -121,21 +117,21 @@ def test_nobody_else_sees_the_tree(start, image):
 
 def test_mounts_that_the_runtime_makes_later_appear(start, shared, tmp_path):
     """Kata binds the snapshot's directory into the shared one when the daemon runs already."""
-    script = 'mount -t tmpfs shared "$0" && mount --make-shared "$0" && mkdir "$0/c1" && exec "$@"'
+    script = 'mount -t tmpfs shared "$0" && mount --make-shared "$0" && mkdir "$0/c2" && exec "$@"'
     unshare = ["unshare", "--mount", "--propagation=private", "sh", "-c", script, str(shared)]
     with subprocess.Popen([*unshare, "sleep", "1000"]) as holder:
         try:
-            until(lambda: Path(f"/proc/{holder.pid}/root{shared}/c1").exists(), "no namespace")
+            until(lambda: Path(f"/proc/{holder.pid}/root{shared}/c2").exists(), "no namespace")
             enter = ["nsenter", f"--mount=/proc/{holder.pid}/ns/mnt", "--"]
             daemon = start(before=[*enter])
             daemon.mount("/containers", passthrough_request(shared))
-            words = ["mount", "--bind", str(tmp_path / "source"), f"{shared}/c1"]
+            words = ["mount", "--bind", str(tmp_path / "source"), f"{shared}/c2"]
             (tmp_path / "source").mkdir()
             (tmp_path / "source/upper").mkdir()
             subprocess.run([*enter, *words], check=True)
-            assert (daemon.tree / "containers/c1/upper").is_dir()
-            subprocess.run([*enter, "umount", f"{shared}/c1"], check=True)
-            assert list((daemon.tree / "containers/c1").iterdir()) == []
+            assert (daemon.tree / "containers/c2/upper").is_dir()
+            subprocess.run([*enter, "umount", f"{shared}/c2"], check=True)
+            assert list((daemon.tree / "containers/c2").iterdir()) == []
             daemon.umount("/containers")
             assert not (daemon.tree / "containers").exists()
         finally:

@@ -135,7 +135,7 @@ class Box:
         self._started.append(process)
         return Program(name, process, log)
 
-    def run(self, *command: object, seconds: float = 60.0) -> str:
+    def run(self, *command: object, seconds: float = 180.0) -> str:
         """Run a program to its end and return what it prints; raise `BoxError` if it fails."""
         words = [str(word) for word in command]
         try:

@@ -9,20 +9,23 @@ import hashlib
 import os
 import shutil
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from builder import BuildError, ExportOptions, ExportResult, VerityOptions, export_block
-from builder.ocilayout import Layout
+from builder.oci.layout import LayoutSource, is_layout
+from builder.oci.records import Platform
 from builder.output import write_file
 from erofs.console import package_version
 from erofs.errors import NydusError
 from kata.bundlefiles import DISK_NAME, BundledDisk, bundle_files
-from kata.bundlesource import BundleSource, open_folder, open_layout
+from kata.bundlesource import BundleSource, open_folder, open_image
 from kata.verity import DmVerity
 
 __all__ = ["BundleOptions", "make_bundle"]
 
+DEFAULT_PLATFORM = Platform("amd64", "linux")
 _MODE = 0o644
 _FOLDER_MODE = 0o755
 
@@ -32,14 +35,14 @@ class BundleOptions:
     """How a bundle is made.
 
     Args:
-        reference: name or digest of the image in a layout; None when there is one.
-        platform: operating system and architecture, to choose in an index.
+        reference: name of the image in a layout; empty when there is one.
+        platform: what to choose in an index.
         place: directory where the bundle will be on the hosts that use it; None for
             `/var/lib/kata/bundles/<root hash>`.
     """
 
-    reference: str | None = None
-    platform: tuple[str, str] = ("linux", "amd64")
+    reference: str = ""
+    platform: Platform = DEFAULT_PLATFORM
     place: PurePosixPath | None = None
 
 
@@ -52,7 +55,7 @@ def make_bundle(source: Path, output: Path, options: BundleOptions | None = None
         options: see there.
 
     Raises:
-        NydusError: as `open_layout`, `open_folder` and `export_block`.
+        NydusError: as `open_image`, `open_folder` and `export_block`.
         BuildError: the output is there already, or cannot be written.
     """
     options = options or BundleOptions()
@@ -64,7 +67,8 @@ def make_bundle(source: Path, output: Path, options: BundleOptions | None = None
             work.mkdir()
             folder.mkdir(mode=_FOLDER_MODE)
             folder.chmod(_FOLDER_MODE)
-            disk = _fill(folder, _open(source, options, work), options)
+            with ExitStack() as stack:
+                disk = _fill(folder, _open(source, options, work, stack), options)
             shutil.rmtree(work)
             folder.rename(output)
             _sync(output.parent)
@@ -73,10 +77,13 @@ def make_bundle(source: Path, output: Path, options: BundleOptions | None = None
     return disk
 
 
-def _open(source: Path, options: BundleOptions, work: Path) -> BundleSource:
-    if Layout.is_at(source):
-        return open_layout(source, options.reference, options.platform, work)
-    if options.reference is not None:
+def _open(source: Path, options: BundleOptions, work: Path, stack: ExitStack) -> BundleSource:
+    """Open what the bundle is made of; the stack closes it."""
+    if is_layout(source):
+        layout = LayoutSource(source, options.reference)
+        stack.callback(layout.close)
+        return open_image(layout, options.platform, work)
+    if options.reference:
         raise BuildError("a reference needs an OCI layout", path=source)
     if not source.is_dir():
         raise BuildError("is no folder", path=source)

@@ -1,45 +1,30 @@
-"""From what a bundle is made of to one bootstrap: an OCI layout, or a folder of an image.
+"""From what a bundle is made of to one bootstrap: an image in a layout, or a folder of one.
 
 Layers of a plain OCI image are built and merged here; what a Nydus image has is used as it is.
-Source: spec vm-runtimes 3.6 (annotations of Nydus images).
+Where images come from is `builder.oci`'s.
 """
 
 from __future__ import annotations
 
 import hashlib
-import tarfile
-from collections.abc import Callable
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 from builder import BuildError, BuildOptions, MergeOptions, SourceType, build, merge
 from builder.backends import blob_directory
 from builder.blobfiles import BlobProvider
-from builder.ocilayout import (
-    INDEX_TYPES,
-    MANIFEST_TYPES,
-    Descriptor,
-    Layout,
-    as_list,
-)
-from erofs.errors import CorruptStructure, UnsupportedFeature, error_context
+from builder.convert.bootlayer import extract_bootstrap
+from builder.oci import media
+from builder.oci.names import matches
+from builder.oci.place import PieceReader, Source
+from builder.oci.records import Descriptor, Index, Manifest, Platform
+from erofs.errors import UnsupportedFeature
 from erofs.rafs import Compressor
 
-__all__ = ["BundleSource", "Input", "open_folder", "open_layout"]
+__all__ = ["BundleSource", "Input", "open_folder", "open_image"]
 
-_BOOTSTRAP = "containerd.io/snapshot/nydus-bootstrap"
-_BLOB = "containerd.io/snapshot/nydus-blob"
 _BOOTSTRAP_NAMES = ("image/image.boot", "image.boot", "bootstrap")
-# Where a bootstrap layer has it, newest first.
-_MEMBERS = ("image/image.boot", "image.boot")
-_MAX_BOOTSTRAP_BYTES = 4 << 30
-_TAR_TYPES = (
-    "application/vnd.oci.image.layer.v1.tar",
-    "application/vnd.oci.image.layer.v1.tar+gzip",
-    "application/vnd.oci.image.layer.v1.tar+zstd",
-    "application/vnd.docker.image.rootfs.diff.tar",
-    "application/vnd.docker.image.rootfs.diff.tar.gzip",
-)
 _COPY_BYTES = 1 << 20
 # Nested indexes deeper than this are nobody's.
 _MAX_DEPTH = 4
@@ -97,118 +82,77 @@ def _input_of(path: Path, kind: str) -> Input:
         raise BuildError(f"cannot be read ({error.strerror})", path=path) from error
 
 
-# Layouts
+# Images in layouts
 
 
-def open_layout(
-    path: Path, reference: str | None, platform: tuple[str, str], work: Path
-) -> BundleSource:
-    """Return the image of a layout, every byte of it verified.
+def open_image(source: Source, wanted: Platform, work: Path) -> BundleSource:
+    """Return an image of a layout or registry; all that gets onto a disk is verified.
 
     Args:
-        path: of the layout.
-        reference: name or digest; None when there is one image.
-        platform: operating system and architecture, to choose in an index.
+        source: of the image; stays the caller's.
+        wanted: what to choose in an index.
         work: an empty directory, for what has to be built.
 
     Raises:
-        FormatError: layout or image are broken, or of a kind that has no disk.
+        FormatError: the image is broken, or of a kind that has no disk.
         IntegrityError: content has another digest.
-        BuildError: the image is not there, or a layer cannot be built.
+        NydusError: the image is not there, or a layer cannot be read or built.
     """
-    layout = Layout(path)
     inputs: list[Input] = []
-    manifest = _choose(layout, layout.find(reference), platform, inputs)
-    config = Descriptor.from_json(manifest.get("config"))
-    listed = as_list(manifest.get("layers"), "layers of the manifest")
-    layers = [Descriptor.from_json(layer) for layer in listed]
-    if not layers:
-        raise CorruptStructure("manifest without layers", path=path)
-    for descriptor, kind in ((config, "config"), *((layer, "layer") for layer in layers)):
-        layout.check(descriptor)
-        inputs.append(_listed(descriptor, kind))
-    is_nydus = any(_BOOTSTRAP in layer.annotations for layer in layers)
-    make: Callable[[Layout, list[Descriptor], Path], tuple[Path, Path]]
-    make = _nydus_image if is_nydus else _plain_image
-    bootstrap, blobs = make(layout, layers, work)
-    return BundleSource(bootstrap, blob_directory(blobs), tuple(inputs))
+    manifest = _choose(source, wanted, inputs)
+    inputs.append(_listed(manifest.config, "config"))
+    inputs += [_listed(layer, "layer") for layer in manifest.layers]
+    source.document(manifest.config)
+    if manifest.bootstrap is not None:
+        target = work / "image.boot"
+        extract_bootstrap(source.pieces(manifest.bootstrap), manifest.bootstrap, target)
+        # Chunks are verified by the bootstrap.
+        return BundleSource(target, source, tuple(inputs))
+    return BundleSource(*_build(source, manifest, work), tuple(inputs))
 
 
 def _listed(descriptor: Descriptor, kind: str) -> Input:
     return Input(descriptor.digest, kind, descriptor.hex, descriptor.size)
 
 
-def _choose(
-    layout: Layout, entry: Descriptor, platform: tuple[str, str], inputs: list[Input]
-) -> dict[str, object]:
-    """Return the manifest that an entry leads to, through indexes."""
+def _choose(source: Source, wanted: Platform, inputs: list[Input]) -> Manifest:
+    """Return the manifest of a platform, through indexes; of several the first."""
+    entry = source.resolve()
     for _ in range(_MAX_DEPTH):
-        content = layout.read(entry)
-        if entry.media_type in MANIFEST_TYPES:
+        content = source.document(entry)
+        if not media.is_index(entry.media_type):
             inputs.append(_listed(entry, "manifest"))
-            return content
-        if entry.media_type not in INDEX_TYPES:
-            raise UnsupportedFeature("media type of an image", got=entry.media_type)
+            return Manifest.parse(content, entry.media_type)
         inputs.append(_listed(entry, "index"))
-        listed = as_list(content.get("manifests"), "manifests of the index")
-        entries = [Descriptor.from_json(item) for item in listed]
-        wanted = [
-            item for item in entries
-            if (item.platform.get("os"), item.platform.get("architecture")) == platform
-        ]  # fmt: skip
-        if not wanted:
-            raise BuildError("the index has no image for", got="/".join(platform))
-        entry = wanted[0]
-    raise CorruptStructure("index in an index", expected=f"at most {_MAX_DEPTH}")
+        found = [
+            item
+            for item in Index.parse(content, entry.media_type).manifests
+            if matches(wanted, item.platform)
+        ]
+        if not found:
+            raise BuildError("the index has no image for", got=str(wanted))
+        entry = found[0]
+    raise BuildError("index in an index", expected=f"at most {_MAX_DEPTH}")
 
 
-def _nydus_image(layout: Layout, layers: list[Descriptor], work: Path) -> tuple[Path, Path]:
-    """Take the bootstrap out of its layer; the blobs are those of the layout."""
-    (*_, layer) = (layer for layer in layers if _BOOTSTRAP in layer.annotations)
-    target = work / "image.boot"
-    source = layout.blob(layer)
-    with error_context(path=source):
-        try:
-            with tarfile.open(source, "r:*") as archive:
-                _extract(archive, target)
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise BuildError(f"bootstrap layer cannot be read ({error})") from error
-    return target, layout.path / "blobs/sha256"
-
-
-def _extract(archive: tarfile.TarFile, target: Path) -> None:
-    for member in archive:
-        name = member.name.removeprefix("./").lstrip("/")
-        if name not in _MEMBERS or not member.isreg():
-            continue
-        if member.size > _MAX_BOOTSTRAP_BYTES:
-            raise CorruptStructure("size of the bootstrap", got=member.size)
-        content = archive.extractfile(member)
-        if content is not None:
-            with target.open("wb") as file:
-                while data := content.read(_COPY_BYTES):
-                    file.write(data)
-            return
-    raise BuildError("bootstrap layer has no bootstrap", expected=" or ".join(_MEMBERS))
-
-
-def _plain_image(layout: Layout, layers: list[Descriptor], work: Path) -> tuple[Path, Path]:
+def _build(source: Source, manifest: Manifest, work: Path) -> tuple[Path, BlobProvider]:
     """Build every layer and merge them; a disk is uncompressed, so nothing is compressed."""
     blobs = work / "blobs"
     blobs.mkdir()
     bootstraps = []
-    for number, layer in enumerate(layers):
-        if layer.media_type not in _TAR_TYPES or _BLOB in layer.annotations:
+    for number, layer in enumerate(manifest.layers):
+        if layer.media_type not in media.LAYER_TYPES:
             raise UnsupportedFeature("media type of a layer", got=layer.media_type)
-        bootstrap = work / f"layer{number}.boot"
+        bootstraps.append(work / f"layer{number}.boot")
         options = BuildOptions(
             source_type=SourceType.TAR,
-            bootstrap=bootstrap,
+            bootstrap=bootstraps[-1],
             blob_dir=blobs,
             compressor=Compressor.NONE,
         )
-        build(layout.blob(layer), options)
-        bootstraps.append(bootstrap)
+        # It is read to its end, where its digest is looked at.
+        stream = io.BufferedReader(PieceReader(source.pieces(layer), layer.digest), _COPY_BYTES)
+        build(stream, options)
     target = work / "image.boot"
     merge(bootstraps, MergeOptions(bootstrap=target, keep_ids=True))
-    return target, blobs
+    return target, blob_directory(blobs)

@@ -138,18 +138,15 @@ def _add_make(commands: argparse._SubParsersAction[CommandParser]) -> None:
     parser.set_defaults(run=_make)
 
 
-def _platform(text: str) -> tuple[str, str]:
-    system, slash, architecture = text.partition("/")
-    if not system or not slash or not architecture:
-        raise argparse.ArgumentTypeError(f"expected OS/ARCHITECTURE, got {text!r}")
-    return system, architecture
-
-
 def _bundle(arguments: argparse.Namespace) -> None:
     # Imported here: it brings the whole builder along.
+    from builder.oci.names import parse_platforms
     from kata.bundle import BundleOptions, make_bundle
 
-    options = BundleOptions(arguments.reference, arguments.platform, arguments.place)
+    platforms = parse_platforms(arguments.platform)
+    if len(platforms) != 1:
+        raise OptionError("--platform", expected="one", got=len(platforms))
+    options = BundleOptions(arguments.reference, platforms[0], arguments.place)
     disk = make_bundle(arguments.source, arguments.output, options)
     print(disk.verity.root_hash)
 
@@ -165,10 +162,13 @@ def _add_bundle(groups: argparse._SubParsersAction[CommandParser]) -> None:
         "-o", "--output", type=Path, required=True, metavar="OUT", help="folder to make"
     )
     parser.add_argument(
-        "--reference", metavar="NAME|DIGEST", help="which image of the layout, if not the only one"
+        "--reference",
+        default="",
+        metavar="NAME",
+        help="which image of the layout, if not the only one",
     )
     parser.add_argument(
-        "--platform", type=_platform, default=("linux", "amd64"), metavar="OS/ARCHITECTURE",
+        "--platform", default="linux/amd64", metavar="OS/ARCHITECTURE",
         help="which image of an index [default: linux/amd64]",
     )  # fmt: skip
     parser.add_argument(

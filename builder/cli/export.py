@@ -72,9 +72,9 @@ def add_words(parser: CommandParser) -> None:
         help="File path of the signature, PKCS#7 in DER [default: <output>.p7s]",
     )  # fmt: skip
     parser.add_argument(
-        "--referrer", metavar="<layout[@reference]>",
+        "--referrer", metavar="<layout[@name]>",
         help="OCI layout with the image, to write root hash and signature into as its referrer;"
-        " needs --verity; the reference is a name or digest",
+        " needs --verity; without a name the only image",
     )  # fmt: skip
     parser.add_argument(
         "-J", "--output-json", metavar="<output-json>", type=Path,
@@ -111,11 +111,11 @@ class _Vouching:
 
             self._signer = RootHashSigner(arguments.signing_key, arguments.signing_cert)
         if arguments.referrer is not None:
-            from builder.ocilayout import Layout
+            from builder.oci.layout import LayoutSource, LayoutTarget
 
-            directory, at, reference = arguments.referrer.partition("@")
-            layout = Layout(Path(directory))
-            self._subject = layout, layout.find(reference if at else None)
+            folder, _, name = arguments.referrer.partition("@")
+            subject = LayoutSource(Path(folder), name).resolve()
+            self._subject = LayoutTarget(Path(folder)), subject
 
     def vouch(self, disk: Path, tree: HashTree) -> dict[str, object]:
         """Write signature and referrer; return what to report of them."""

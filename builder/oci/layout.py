@@ -19,7 +19,8 @@ from builder.output import write_file
 from erofs.errors import error_context
 from fscache.backend import BlobReader, LocalFsConfig, open_backend
 
-__all__ = ["BlobFolder", "FileUpload", "LayoutSource", "LayoutTarget", "choose", "remove_tree"]
+__all__ = ["BlobFolder", "FileUpload", "LayoutSource", "LayoutTarget", "choose",
+           "is_layout", "remove_tree"]  # fmt: skip
 
 BLOBS = "blobs/sha256"
 INDEX = "index.json"
@@ -30,8 +31,13 @@ _MODE = 0o644
 
 
 def choose(index: Index, name: str, path: Path) -> Descriptor:
-    """Return the image of a name in an `index.json`, without one the only image; raise."""
-    found: Sequence[Descriptor] = index.manifests
+    """Return the image of a name in an `index.json`, without one the only image; raise.
+
+    What refers to an image, such as root hashes of its disk, is none.
+    """
+    found: Sequence[Descriptor] = [
+        item for item in index.manifests if item.artifact_type in ("", media.NYDUS_ARTIFACT)
+    ]
     if name:
         keys = (media.REF_NAME, media.IMAGE_NAME)
         found = [item for item in found if name in map(item.annotations.get, keys)]
@@ -39,6 +45,11 @@ def choose(index: Index, name: str, path: Path) -> Descriptor:
         what = f"image {name}" if name else "exactly one image"
         raise ImageError(f"{what} is not in the layout", path=path, got=f"{len(found)} images")
     return found[0]
+
+
+def is_layout(path: Path) -> bool:
+    """Tell whether a folder says that it is a layout."""
+    return (path / MARK).is_file()
 
 
 def _read_small(path: Path) -> bytes:

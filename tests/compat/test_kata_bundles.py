@@ -11,18 +11,20 @@ import shlex
 import shutil
 import subprocess
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from builder import BuildOptions, MergeOptions, SourceType, build, merge
-from builder.ocilayout import Descriptor, Layout, json_bytes
+from builder.oci.layout import LayoutTarget
+from builder.oci.media import OCI_INDEX
+from builder.oci.records import Index, Manifest, Platform, describe
 from kata import KataVirtualVolume, parse_verity
 from kata.cli import main
 from tests.capabilities import need_tool, requires
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-INDEX = "application/vnd.oci.image.index.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar"
 NYDUS = "containerd.io/snapshot/nydus-"
@@ -49,32 +51,30 @@ class Oci:
     """An OCI layout that is being filled."""
 
     def __init__(self, path):
-        (path / "blobs/sha256").mkdir(parents=True)
-        (path / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
+        self.target = LayoutTarget(path)
         (path / "index.json").write_text('{"schemaVersion":2,"manifests":[]}')
-        self.layout = Layout(path)
 
     def put(self, data, media_type, **annotations):
-        found = self.layout.write(data, media_type)
-        return Descriptor(found.media_type, found.digest, found.size, annotations)
+        descriptor = describe(data, media_type)
+        self.target.put(descriptor, [data])
+        return replace(descriptor, annotations=annotations)
 
     def image(self, layers):
-        manifest = {
-            "schemaVersion": 2,
-            "mediaType": MANIFEST,
-            "config": self.put(b'{"os":"linux"}', CONFIG).as_json(),
-            "layers": [layer.as_json() for layer in layers],
-        }
-        return self.put(json_bytes(manifest), MANIFEST)
+        return Manifest(MANIFEST, self.put(b'{"os":"linux"}', CONFIG), tuple(layers)).pack()
 
     def plain(self):
         packed = gzip.compress(tar_of(UPPER), mtime=0)
         return self.image([self.put(tar_of(LOWER), LAYER), self.put(packed, f"{LAYER}+gzip")])
 
+    def publish(self, manifest, *, named=True, media_type=MANIFEST):
+        descriptor = describe(manifest, media_type)
+        self.target.publish(manifest, descriptor, named=named)
+        return descriptor
+
 
 def plain_layout(path):
     oci = Oci(path)
-    oci.layout.add(oci.plain())
+    oci.publish(oci.plain())
     return path
 
 
@@ -104,7 +104,7 @@ def nydus_layout(path):
     ]  # fmt: skip
     packed = gzip.compress(tar_of({"image/image.boot": boot.read_bytes()}), mtime=0)
     layers.append(oci.put(packed, f"{LAYER}+gzip", **{f"{NYDUS}bootstrap": "true"}))
-    oci.layout.add(oci.image(layers))
+    oci.publish(oci.image(layers))
     return path
 
 
@@ -120,11 +120,10 @@ def indexed_layout(path):
     oci = Oci(path)
     other = oci.image([oci.put(tar_of({"other": b""}), LAYER)])
     entries = [
-        {**other.as_json(), "platform": {"os": "linux", "architecture": "arm64"}},
-        {**oci.plain().as_json(), "platform": {"os": "linux", "architecture": "amd64"}},
+        replace(oci.publish(manifest, named=False), platform=Platform(architecture, "linux"))
+        for manifest, architecture in ((other, "arm64"), (oci.plain(), "amd64"))
     ]
-    index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": entries}
-    oci.layout.add(oci.put(json_bytes(index), INDEX))
+    oci.publish(Index(OCI_INDEX, tuple(entries)).pack(), media_type=OCI_INDEX)
     return path
 
 
@@ -228,7 +227,7 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "no image is in the folder" in refuse(capsys, tmp_path / "empty", "-o", out)
     assert "is no folder" in refuse(capsys, tmp_path / "nowhere", "-o", out)
-    assert "images called v9" in refuse(capsys, layout, "-o", out, "--reference", "v9")
+    assert "image v9 is not in the layout" in refuse(capsys, layout, "-o", out, "--reference", "v9")
     assert "place of the bundle" in refuse(capsys, layout, "-o", out, "--place", "relative")
     assert "place of the bundle" in refuse(capsys, layout, "-o", out, "--place", "/a,b")
     assert "is there already" in refuse(capsys, layout, "-o", tmp_path / "empty")
@@ -247,21 +246,21 @@ def test_a_changed_layer_is_found(tmp_path, capsys):
     data = bytearray(largest.read_bytes())
     data[600] ^= 1
     largest.write_bytes(data)
-    assert "SHA-256: expected" in refuse(capsys, layout, "-o", tmp_path / "out")
+    assert "content has another digest" in refuse(capsys, layout, "-o", tmp_path / "out")
 
 
 def test_layers_of_other_kinds(tmp_path, capsys):
     oci = Oci(tmp_path / "l")
     layer = oci.put(b"x", "application/vnd.oci.image.layer.v1.tar+gzip+encrypted")
-    oci.layout.add(oci.image([layer]))
+    oci.publish(oci.image([layer]))
     line = refuse(capsys, tmp_path / "l", "-o", tmp_path / "out")
     assert "media type of a layer: got application/vnd.oci.image.layer.v1.tar+gzip+enc" in line
     oci = Oci(tmp_path / "n")
     wrong = gzip.compress(tar_of({"../image.boot": b"x"}), mtime=0)
     layer = oci.put(wrong, f"{LAYER}+gzip", **{f"{NYDUS}bootstrap": "true"})
-    oci.layout.add(oci.image([layer]))
+    oci.publish(oci.image([layer]))
     line = refuse(capsys, tmp_path / "n", "-o", tmp_path / "out")
-    assert "bootstrap layer has no bootstrap" in line
+    assert "layer has no bootstrap" in line
 
 
 def test_skopeo_layouts(tmp_path):

@@ -3,17 +3,18 @@
 import hashlib
 import json
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
 
 from builder.cli import main
 from builder.errors import BuildError
-from builder.ocilayout import Descriptor, Layout, json_bytes
+from builder.oci.errors import ImageError
+from builder.oci.layout import LayoutSource, LayoutTarget
+from builder.oci.records import Index, Manifest, describe
 from builder.referrer import ARTIFACT_TYPE, ROOT_HASH, add_verity_referrer
 from builder.roothash import RootHashSigner
-from erofs.errors import FormatError, IntegrityError, UnsupportedFeature
+from erofs.errors import UnsupportedFeature
 from erofs.verity import HashTree, TreeFormat
 from tests.capabilities import need_tool
 
@@ -103,115 +104,63 @@ def test_keys_that_cannot_be(tmp_path):
         assert "PRIVATE" not in str(caught.value)
 
 
+IMAGE = Manifest(MANIFEST, describe(b"{}", "application/vnd.oci.image.config.v1+json"), ()).pack()
+
+
 @pytest.fixture
 def layout(tmp_path):
     """A layout with one image, which has a name."""
-    top = tmp_path / "layout"
-    (top / "blobs/sha256").mkdir(parents=True)
-    (top / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
-    (top / "index.json").write_text('{"schemaVersion":2,"manifests":[],"other":"kept"}')
-    made = Layout(top)
-    image = made.write(json_bytes({"schemaVersion": 2, "layers": []}), MANIFEST)
-    named = {"org.opencontainers.image.ref.name": "latest"}
-    made.add(Descriptor(image.media_type, image.digest, image.size, named))
-    return made
+    target = LayoutTarget(tmp_path / "layout", "latest")
+    target.publish(IMAGE, describe(IMAGE, MANIFEST))
+    return tmp_path / "layout"
+
+
+def content(layout, descriptor):
+    return LayoutSource(layout).document(descriptor)
+
+
+def listed(layout):
+    return Index.parse((layout / "index.json").read_bytes()).manifests
 
 
 def test_a_referrer_carries_root_hash_and_signature(layout):
-    subject = layout.find("latest")
-    referrer = add_verity_referrer(layout, subject, TREE, b"signature")
-    manifest = layout.read(referrer)
-    assert manifest["subject"] == {
-        "mediaType": MANIFEST, "digest": subject.digest, "size": subject.size
-    }  # fmt: skip
-    assert manifest["artifactType"] == ARTIFACT_TYPE
-    config = Descriptor.from_json(manifest["config"])
-    assert layout.check(config).read_bytes() == b"{}"
-    verity, signature = map(Descriptor.from_json, manifest["layers"])
-    assert json.loads(layout.check(verity).read_bytes()) == TREE.as_json()
-    assert layout.check(signature).read_bytes() == b"signature"
+    subject = LayoutSource(layout, "latest").resolve()
+    referrer = add_verity_referrer(LayoutTarget(layout), subject, TREE, b"signature")
+    manifest = Manifest.parse(content(layout, referrer), MANIFEST)
+    assert manifest.subject == subject.plain()
+    assert manifest.artifact_type == ARTIFACT_TYPE
+    assert content(layout, manifest.config) == b"{}"
+    verity, signature = manifest.layers
+    assert json.loads(content(layout, verity)) == TREE.as_json()
+    assert content(layout, signature) == b"signature"
     assert signature.media_type == "application/pkcs7-signature"
-    assert manifest["annotations"] == {ROOT_HASH: ROOT.hex()}
+    assert manifest.annotations == {ROOT_HASH: ROOT.hex()}
     # It is listed, and nobody takes it for the image.
-    assert layout.entries()[-1] == referrer
-    assert layout.find() == subject
-    assert json.loads((layout.path / "index.json").read_text())["other"] == "kept"
+    assert listed(layout)[-1] == referrer
+    assert LayoutSource(layout).resolve() == subject
 
 
 def test_the_same_referrer_twice_is_one(layout):
-    first = add_verity_referrer(layout, layout.find(), TREE)
-    before = (layout.path / "index.json").read_bytes()
-    assert add_verity_referrer(layout, layout.find(), TREE) == first
-    assert (layout.path / "index.json").read_bytes() == before
+    subject = LayoutSource(layout).resolve()
+    first = add_verity_referrer(LayoutTarget(layout), subject, TREE)
+    before = (layout / "index.json").read_bytes()
+    assert add_verity_referrer(LayoutTarget(layout), subject, TREE) == first
+    assert (layout / "index.json").read_bytes() == before
     # Without a signature there is none.
-    assert len(layout.read(first)["layers"]) == 1
-
-
-def test_two_writers_of_an_index(layout):
-    trees = [TREE._replace(root=bytes([number]) * 32) for number in range(8)]
-    threads = [
-        threading.Thread(target=add_verity_referrer, args=(layout, layout.find(), tree))
-        for tree in trees
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(layout.entries()) == 1 + len(trees)
+    assert len(Manifest.parse(content(layout, first), MANIFEST).layers) == 1
 
 
 def test_a_subject_that_is_no_image(layout):
     with pytest.raises(UnsupportedFeature, match="subject that is no image"):
-        add_verity_referrer(layout, Descriptor.of(b"", "text/plain"), TREE)
+        add_verity_referrer(LayoutTarget(layout), describe(b"", "text/plain"), TREE)
 
 
-def test_images_of_a_layout(layout):
-    image = layout.find()
-    assert layout.find(image.digest) == image
-    with pytest.raises(BuildError, match="images called v9: expected 1, got 0"):
-        layout.find("v9")
-    layout.add(layout.write(b'{"schemaVersion":2}', MANIFEST))
-    with pytest.raises(BuildError, match="images: expected 1, got 2"):
-        layout.find()
-
-
-def test_content_that_is_not_what_it_is_called(layout):
-    image = layout.find()
-    path = layout.blob(image)
-    path.write_bytes(path.read_bytes() + b" ")
-    for method in (layout.read, layout.check):
-        with pytest.raises(IntegrityError, match="length"):
-            method(image)
-    path.write_bytes(b"x" * image.size)
-    for method in (layout.read, layout.check):
-        with pytest.raises(IntegrityError, match="SHA-256"):
-            method(image)
-    path.unlink()
-    for method in (layout.read, layout.check):
-        with pytest.raises(BuildError, match="No such file"):
-            method(image)
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("oci-layout", "{}"),
-        ("oci-layout", '{"imageLayoutVersion":"2.0"}'),
-        ("oci-layout", "["),
-        ("index.json", "[]"),
-        ("index.json", '{"manifests":{}}'),
-        ("index.json", '{"manifests":[3]}'),
-        ("index.json", '{"manifests":[{"mediaType":"x","size":1}]}'),
-        ("index.json", '{"manifests":[{"mediaType":"x","digest":"sha256:../../x","size":1}]}'),
-        ("index.json", '{"manifests":[{"mediaType":"x","digest":"sha256:%s","size":-1}]}'),
-        ("index.json", "[" * 100_000),
-        ("index.json", " " * (5 << 20)),
-    ],
-)
-def test_layouts_that_are_none(layout, name, text):
-    (layout.path / name).write_text(text.replace("%s", "0" * 64))
-    with pytest.raises(FormatError):
-        Layout(layout.path).entries()
+def test_other_images_of_a_layout(layout):
+    other = Manifest(MANIFEST, describe(b"1", "application/x"), ()).pack()
+    LayoutTarget(layout, "other").publish(other, describe(other, MANIFEST))
+    with pytest.raises(ImageError, match="exactly one image is not in the layout: got 2 images"):
+        LayoutSource(layout).resolve()
+    assert LayoutSource(layout, "other").resolve().digest == describe(other, MANIFEST).digest
 
 
 def test_the_command_line(layout, tmp_path, capsys):
@@ -224,14 +173,14 @@ def test_the_command_line(layout, tmp_path, capsys):
     key, certificate = make_key(tmp_path, "k", "-newkey", "rsa:2048")
     words = ["export", "--block", "-B", str(boot), "-D", str(blobs), "-O", str(tmp_path / "disk")]
     signing = ["--signing-key", str(key), "--signing-cert", str(certificate)]
-    vouching = [*signing, "--referrer", f"{layout.path}@latest", "-J", str(report)]
+    vouching = [*signing, "--referrer", f"{layout}@latest", "-J", str(report)]
     assert main([*words, "--verity", *vouching]) == 0
     root = capsys.readouterr().out.split()[-1]
     said = json.loads(report.read_text())
     assert said["signature"] == str(tmp_path / "disk.p7s")
     signature = Path(said["signature"]).read_bytes()
     verify(signature, root.encode(), certificate, tmp_path)
-    referrer = layout.entries()[-1]
+    referrer = listed(layout)[-1]
     assert (referrer.digest, referrer.annotations) == (said["referrer"], {ROOT_HASH: root})
     for wrong in (signing, ["--verity", *signing[:2]], ["--verity", "--signature", "x"],
                   ["--referrer", "x"]):  # fmt: skip
@@ -240,6 +189,6 @@ def test_the_command_line(layout, tmp_path, capsys):
         assert caught.value.code == 2
     # What cannot be done is found out before the disk is written.
     (tmp_path / "disk").unlink()
-    assert main([*words, "--verity", "--referrer", f"{layout.path}@v9"]) == 1
+    assert main([*words, "--verity", "--referrer", f"{layout}@v9"]) == 1
     assert main([*words, "--verity", "--signing-key", "x", "--signing-cert", "y"]) == 1
     assert not (tmp_path / "disk").exists()

@@ -13,7 +13,7 @@ from builder.convert.options import ConvertOptions
 from builder.convert.tail import LayerTail, read_tail
 from builder.oci import media
 from builder.oci.errors import ImageError
-from builder.oci.place import BlobStore, PieceReader, Source, Target
+from builder.oci.place import BlobStore, PieceReader, Source
 from builder.oci.records import Descriptor
 from builder.oci.upload import UploadLost
 from builder.options import BuildOptions, SourceType
@@ -111,7 +111,7 @@ def _convert(
     return descriptor, undescribed
 
 
-def copy_blob(source: Source, target: Target, descriptor: Descriptor) -> None:
+def copy_blob(source: Source, target: BlobStore, descriptor: Descriptor) -> None:
     """Bring a blob from one place to another, by the shortest way; raise `NydusError`."""
     if target.has(descriptor) or target.mount(descriptor, source):
         return

@@ -34,8 +34,11 @@ _GLOBAL = (
 # Names, and the module below `builder.nydusify` that has the command as COMMAND and `run`.
 _COMMANDS = {
     "convert": ("convert", "Generate a Nydus image from an OCI image"),
+    "check": ("check", "Verify nydus image format and content"),
+    "mount": ("mount", "Mount the nydus image as a filesystem"),
+    "copy": ("copy", "Copy an image from source to target"),
 }
-_ALIASES: dict[str, str] = {}
+_ALIASES = {"view": "mount"}
 
 
 class _Module(Protocol):

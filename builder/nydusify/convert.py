@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from builder.convert.bootlayer import extract_bootstrap
+from builder.convert.cache import CachePlace, LayerRecords, LocalRecords
 from builder.convert.driver import Conversion, ConversionResult
 from builder.convert.options import ConvertOptions, Dictionary
 from builder.nydusify.convertwords import CONVERT
@@ -170,7 +171,42 @@ def convert_one(
         prover = None
         if not values.flag("no-proof"):
             prover = _prover(values, source, place, folder or place, options, stack)
-        return Conversion(source, place, options, folder, prover=prover).run()
+        cache = _records(values, places, target, folder or place, options)
+        return Conversion(
+            source,
+            place,
+            options,
+            folder,
+            cache,
+            prover,
+            before_push=None if cache is None else cache.publish,
+        ).run()
+
+
+def _records(
+    values: Values, places: Places, target: str, blobs: BlobStore, options: ConvertOptions
+) -> LayerRecords | None:
+    """Return what knows the layers that were converted before; raise `NydusError`."""
+    text, tag = values.text("build-cache"), values.text("build-cache-tag")
+    folder = values.text("build-cache-dir")
+    if tag:
+        text = str(parse_reference(target).with_tag(tag))
+    if not text and not folder:
+        return None
+    insecure = values.flag("build-cache-insecure") or values.flag("target-insecure")
+    image, stored = None, None
+    if text:
+        if values.text("target-archive") or values.text("backend-type"):
+            raise UsageError("a cache image needs the blobs in the target's registry")
+        stored = places.source(target, values.flag("target-insecure"))
+        image = CachePlace(
+            places.source(text, insecure),
+            places.target(text, insecure, source=stored),
+            values.text("build-cache-version"),
+            values.number("build-cache-max-records"),
+        )
+    local = LocalRecords(Path(folder)) if folder else None
+    return LayerRecords(options.layer_key(), blobs, stored, image, local)
 
 
 def _prover(

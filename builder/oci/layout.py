@@ -70,14 +70,14 @@ class LayoutSource:
     """
 
     def __init__(self, directory: Path, name: str = "", shown: str = "") -> None:
-        self._directory = directory
+        self.directory = directory
         self._wanted = name
         self.name = shown or str(directory)
         self._blobs = open_backend(LocalFsConfig(dir=directory / BLOBS))
 
     def resolve(self) -> Descriptor:
         """Return the image's descriptor of `index.json`; raise `ImageError`."""
-        path = self._directory / INDEX
+        path = self.directory / INDEX
         with error_context(path=path):
             index = Index.parse(_read_small(path))
         return choose(index, self._wanted, path)
@@ -88,7 +88,7 @@ class LayoutSource:
 
     def pieces(self, descriptor: Descriptor) -> Generator[bytes]:
         """Yield a blob, verified at its end; raise `NydusError`."""
-        path = self._directory / BLOBS / descriptor.hex
+        path = self.directory / BLOBS / descriptor.hex
         verifier = Verifier(descriptor)
         try:
             with path.open("rb", buffering=0) as file:
@@ -189,6 +189,10 @@ class BlobFolder:
         except BaseException:
             upload.abort()
             raise
+
+    def mount(self, descriptor: Descriptor, source: Source) -> bool:
+        """Tell that nothing is taken over: the bytes are copied."""
+        return False
 
     def open(self, blob_id: str) -> BlobReader:
         """Return a reader of ranges; raise `BackendError`."""

@@ -72,9 +72,9 @@ REFERENCE_BLOBS = f"{PREFIX}nydus-reference-blob-ids"
 SOURCE_DIGEST = f"{PREFIX}nydus-source-digest"
 SOURCE_REFERENCE = f"{PREFIX}nydus-source-reference"
 UNCOMPRESSED = "containerd.io/uncompressed"
-# Ours: how a cached layer was made.
+# Ours: how a cached layer was made, and which directories it has entries in but none for.
 CACHE_OPTIONS = f"{PREFIX}nydus-cache-options"
-CACHE_CHAIN = f"{PREFIX}nydus-source-chainid"
+CACHE_UNDESCRIBED = f"{PREFIX}nydus-cache-undescribed"
 
 IMAGE_NAME = "io.containerd.image.name"
 REF_NAME = "org.opencontainers.image.ref.name"

@@ -72,6 +72,9 @@ class BlobStore(Protocol):
     def put(self, descriptor: Descriptor, data: Iterable[bytes]) -> None:
         """Store a blob of known digest unless it is there; raise `NydusError`."""
 
+    def mount(self, descriptor: Descriptor, source: Source) -> bool:
+        """Take a blob over without its bytes, where that is possible; raise `NydusError`."""
+
     def open(self, blob_id: str) -> BlobReader:
         """Return a reader of ranges of a blob that was stored; raise `NydusError`."""
 
@@ -89,9 +92,6 @@ class Target(BlobStore, Protocol):
     @property
     def attaches_first(self) -> bool:
         """Whether `attach` has to come before the image is named."""
-
-    def mount(self, descriptor: Descriptor, source: Source) -> bool:
-        """Take a blob over without its bytes, where that is possible; raise `NydusError`."""
 
     def publish(self, data: bytes, descriptor: Descriptor, *, named: bool = True) -> None:
         """Store a manifest or index, whose parts are there; `named` makes it the image.

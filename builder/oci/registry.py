@@ -113,6 +113,16 @@ class Repository:
         """The reference as it was given."""
         return self.reference.text
 
+    @property
+    def scheme(self) -> str:
+        """How the registry was spoken to last: http or https."""
+        return self._client.scheme
+
+    @property
+    def insecure(self) -> bool:
+        """Whether any certificate is accepted."""
+        return self._settings.insecure
+
     def close(self) -> None:
         """Drop idle connections and end pauses."""
         self._stop.set()

@@ -156,7 +156,7 @@ class Prover:
             raise ImageError("image without a bootstrap")
         path = self._work / f"proof-{layer.hex}.boot"
         extract_bootstrap(verified_pieces(self._target, layer), layer, path)
-        tree, _, _ = load_target(path)
+        tree = load_target(path)
         content = tree.verify_blobs(self._blobs)
         require_equal(self._reader.tree(old, config), tree.root)
         digest, names = tree_digest(tree.root)

@@ -12,9 +12,8 @@ from builder.blobfiles import BlobProvider
 from builder.bootstrap import blob_ids, load_tree, open_any_bootstrap
 from builder.chunkreader import ChunkReader
 from builder.proof.entry import Entry
-from erofs import Chunk, Node
+from erofs import AnyBootstrap, Chunk, Node
 from erofs.errors import error_context
-from erofs.rafs import BlobEntry, Digester
 from erofs.tree import iter_names
 from erofs.view import ReadAt
 
@@ -65,23 +64,17 @@ class TargetTree:
     Args:
         path: of the bootstrap.
         root: of the tree.
-        blobs: the blob table.
-        ids: under which the blobs are stored.
+        opened: the image, which may be closed afterwards.
     """
 
-    def __init__(
-        self, path: Path, root: Node, blobs: Sequence[BlobEntry], ids: Sequence[str]
-    ) -> None:
+    def __init__(self, path: Path, root: Node, opened: AnyBootstrap) -> None:
         self._path = path
-        self._blobs = blobs
-        self._ids = ids
+        self._blobs = opened.blobs
+        self._ids = blob_ids(opened, path)
+        self.chunk_bytes = opened.chunk_size
+        self.digester = opened.digester
         self._chunks: dict[int, Chunk] = {}
         self.root = self._entries(root)
-
-    @property
-    def blob_ids(self) -> list[str]:
-        """Ids of the blob table, in order."""
-        return list(self._ids)
 
     def _entries(self, root: Node) -> Entry:
         made: dict[int, Entry] = {}
@@ -162,9 +155,7 @@ def _halves(chunks: Sequence[Chunk]) -> Iterable[Sequence[Chunk]]:
     return [chunks]
 
 
-def load_target(path: Path) -> tuple[TargetTree, int, Digester]:
-    """Load a bootstrap; return its tree, chunk size in bytes and digester; raise `FormatError`."""
+def load_target(path: Path) -> TargetTree:
+    """Load a bootstrap; raise `FormatError`."""
     with error_context(path=path), open_any_bootstrap(path) as image:
-        root = load_tree(image)
-        tree = TargetTree(path, root, image.blobs, blob_ids(image, path))
-        return tree, image.chunk_size, image.digester
+        return TargetTree(path, load_tree(image), image)

@@ -67,9 +67,9 @@ class RegistryClient:
             actions=actions,
             more_scopes=more_scopes,
         )
-        self._scheme = config.scheme or "https"
+        self.scheme = config.scheme or "https"
         # Whether a host that speaks no TLS may be asked by http.
-        self._may_go_plain = self._scheme == "https" and (not config.scheme or config.skip_verify)
+        self._may_go_plain = self.scheme == "https" and (not config.scheme or config.skip_verify)
 
     def set_credentials(self, credentials: Credentials | None) -> None:
         """Use other credentials for all requests made afterwards."""
@@ -126,19 +126,20 @@ class RegistryClient:
         if authorization is not None:
             headers["Authorization"] = authorization
         host = self._config.host
+        scheme = self.scheme
         try:
-            answer = self._sender.send(
-                method, f"{self._scheme}://{host}{path}", headers, deadline, body
-            )
+            answer = self._sender.send(method, f"{scheme}://{host}{path}", headers, deadline, body)
         except TlsFailure:
-            if not self._may_go_plain:
+            # Another thread may have found out meanwhile.
+            if not self._may_go_plain and self.scheme == scheme:
                 raise
             answer = self._sender.send(method, f"http://{host}{path}", headers, deadline, body)
             # A server with TLS answers plain text so: its handshake failed by chance.
             if answer.status == 400:
                 answer.close()
                 raise
-            logger.warning("registry %s speaks no TLS, http is used from now on", host)
-            self._scheme = "http"
+            if self.scheme != "http":
+                logger.warning("registry %s speaks no TLS, http is used from now on", host)
+            self.scheme = "http"
         self._may_go_plain = False
         return answer

@@ -1,0 +1,93 @@
+"""Copies images as they are: blobs by the shortest way, documents byte for byte."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from builder.convert.layer import copy_blob
+from builder.oci import media
+from builder.oci.errors import ImageError
+from builder.oci.names import host_platform, matches, parse_platforms
+from builder.oci.place import Source, Target
+from builder.oci.records import Descriptor, Index, Manifest, check_digest, describe
+
+__all__ = ["copy_image"]
+
+logger = logging.getLogger(__name__)
+
+_BLOBS_AT_ONCE = 3
+
+
+class _Copier:
+    def __init__(self, source: Source, target: Target) -> None:
+        self._source = source
+        self._target = target
+
+    def image(self, descriptor: Descriptor, *, named: bool) -> Descriptor:
+        """Copy one manifest and all that it refers to."""
+        data = self._source.document(descriptor)
+        manifest = Manifest.parse(data, descriptor.media_type)
+        blobs = {one.digest: one for one in (manifest.config, *manifest.layers, *_refs(manifest))}
+        with ThreadPoolExecutor(_BLOBS_AT_ONCE, "copy") as pool:
+            list(pool.map(self._blob, blobs.values()))
+        logger.info("pushing target manifest %s", descriptor.digest)
+        self._target.publish(data, descriptor.plain(), named=named)
+        logger.info("pushed target manifest %s", descriptor.digest)
+        return descriptor
+
+    def _blob(self, descriptor: Descriptor) -> None:
+        if descriptor.size < 0:
+            # What a Nydus layer refers to comes without a length.
+            size = self._source.open(descriptor.hex).size()
+            descriptor = replace(descriptor, size=size)
+        copy_blob(self._source, self._target, descriptor)
+
+
+def _refs(manifest: Manifest) -> list[Descriptor]:
+    """Return the original layers that a zran image reads, their lengths unknown."""
+    found = (layer.annotations.get(media.LAYER_REF) for layer in manifest.layers)
+    return [Descriptor(media.OCTET_STREAM, check_digest(one), -1) for one in found if one]
+
+
+def _chosen(index: Index, platforms: str, all_platforms: bool) -> Sequence[Descriptor]:
+    if all_platforms:
+        return index.manifests
+    wanted = parse_platforms(platforms) if platforms else [host_platform()]
+    chosen = [one for one in index.manifests if any(matches(each, one.platform) for each in wanted)]
+    for each in wanted:
+        if not any(matches(each, one.platform) for one in chosen):
+            raise ImageError(f"source has no image for platform {each}")
+    return chosen
+
+
+def copy_image(
+    source: Source, target: Target, platforms: str = "", all_platforms: bool = False
+) -> Descriptor:
+    """Copy an image, or the images of an index for the wanted platforms.
+
+    What is copied whole keeps its digest; of a part of an index a new one is made. The original
+    layers that a zran image refers to are copied, too.
+
+    Raises:
+        ImageError: the index lacks a platform.
+        NydusError: something cannot be read or stored.
+    """
+    top = source.resolve()
+    copier = _Copier(source, target)
+    if not media.is_index(top.media_type):
+        return copier.image(top, named=True)
+    data = source.document(top)
+    index = Index.parse(data, top.media_type)
+    chosen = _chosen(index, platforms, all_platforms)
+    if len(chosen) == 1:
+        return copier.image(chosen[0], named=True)
+    for one in chosen:
+        copier.image(one, named=False)
+    if len(chosen) != len(index.manifests):
+        data = replace(index, manifests=tuple(chosen)).pack()
+    descriptor = describe(data, top.media_type)
+    target.publish(data, descriptor)
+    return descriptor

@@ -36,7 +36,7 @@ def choose(index: Index, name: str, path: Path) -> Descriptor:
     What refers to an image, such as root hashes of its disk, is none.
     """
     found: Sequence[Descriptor] = [
-        item for item in index.manifests if item.artifact_type in ("", media.NYDUS_ARTIFACT)
+        one for one in index.manifests if not one.artifact_type or one.is_nydus_manifest
     ]
     if name:
         keys = (media.REF_NAME, media.IMAGE_NAME)

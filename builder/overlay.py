@@ -8,7 +8,7 @@ from collections.abc import Collection
 from builder.source.options import WhiteoutSpec
 from erofs import Node
 
-__all__ = ["apply_layer"]
+__all__ = ["apply_layer", "keep_attributes"]
 
 WHITEOUT_PREFIX = b".wh."
 OPAQUE_MARKER = b".wh..wh..opq"
@@ -35,7 +35,7 @@ def apply_layer(
     """
     root = upper
     if id(upper) in undescribed:
-        _keep_attributes(lower, upper)
+        keep_attributes(lower, upper)
     stack = [(lower.entries, upper)]
     while stack:
         below, node = stack.pop()
@@ -46,7 +46,7 @@ def apply_layer(
             if child.is_dir:
                 inherited = old.entries if old is not None and old.is_dir else {}
                 if old is not None and old.is_dir and id(child) in undescribed:
-                    _keep_attributes(old, child)
+                    keep_attributes(old, child)
                 if _take_opaque_mark(child, spec):
                     inherited = {}
                 stack.append((inherited, child))
@@ -55,7 +55,8 @@ def apply_layer(
     return root
 
 
-def _keep_attributes(lower: Node, upper: Node) -> None:
+def keep_attributes(lower: Node, upper: Node) -> None:
+    """Give a directory the attributes of the one below it."""
     upper.mode, upper.uid, upper.gid = lower.mode, lower.uid, lower.gid
     upper.mtime, upper.mtime_nsec, upper.xattrs = lower.mtime, lower.mtime_nsec, lower.xattrs
 

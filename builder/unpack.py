@@ -99,6 +99,7 @@ def unpack(
     blobs: BlobProvider,
     *,
     inlined: bool = False,
+    adjust: Callable[[Node], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> UnpackResult:
     """Write the tree of an image as a tar in PAX format.
@@ -112,6 +113,8 @@ def unpack(
         output: a path, where the tar appears whole or not at all (a FIFO takes it as it is
             made), or a stream, which is not closed.
         blobs: where the data is, by blob id.
+        inlined: the metadata may be inside of a blob.
+        adjust: changes the tree before it is written.
         progress: called with the number of content bytes after each chunk.
 
     Raises:
@@ -125,6 +128,8 @@ def unpack(
         chunks = ChunkReader(image.blobs, blob_ids(image, bootstrap), blobs, bootstrap)
         with error_context(path=bootstrap):
             root = load_tree(image)
+    if adjust is not None:
+        adjust(root)
     if not isinstance(output, Path):
         return _write(root, output, chunks, progress)
     if output.is_dir():

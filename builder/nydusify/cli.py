@@ -35,10 +35,13 @@ _GLOBAL = (
 _COMMANDS = {
     "convert": ("convert", "Generate a Nydus image from an OCI image"),
     "check": ("check", "Verify nydus image format and content"),
+    "chunkdict": ("chunkdict", "Deduplicate chunk for Nydus image (experimental)"),
     "mount": ("mount", "Mount the nydus image as a filesystem"),
+    "build": ("build", "Build a Nydus filesystem from a source directory"),
     "copy": ("copy", "Copy an image from source to target"),
+    "optimize": ("optimize", "Optimize a source nydus image and push to the target"),
 }
-_ALIASES = {"view": "mount"}
+_ALIASES = {"view": "mount", "pack": "build"}
 
 
 class _Module(Protocol):

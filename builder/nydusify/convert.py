@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from builder.backends import configured_backend
 from builder.convert.bootlayer import extract_bootstrap
 from builder.convert.cache import CachePlace, LayerRecords, LocalRecords
 from builder.convert.driver import Conversion, ConversionResult
 from builder.convert.options import ConvertOptions, Dictionary
+from builder.convert.reverse import Reverse
 from builder.nydusify.convertwords import CONVERT
 from builder.nydusify.flags import UsageError, Values
 from builder.nydusify.places import Places, seconds
@@ -48,6 +50,8 @@ def run(values: Values, environment: Mapping[str, str]) -> int:
     check_words(values)
     if not values.text("source"):
         raise UsageError('Required flag "source" not set', shows_help=True)
+    if values.flag("reverse"):
+        return _reverse(values, environment)
     result = convert_one(values, environment, values.text("source"), target_text(values))
     path = values.text("output-json")
     if path:
@@ -183,6 +187,34 @@ def convert_one(
         ).run()
 
 
+def _reverse(values: Values, environment: Mapping[str, str]) -> int:
+    """Convert a Nydus image to OCI; return the exit status."""
+    with ExitStack() as stack:
+        work = stack.enter_context(work_directory(values, "nydusify-reverse-"))
+        places = open_places(values, environment, stack)
+        source = places.source(
+            values.text("source"), values.flag("source-insecure"), values.text("source-archive")
+        )
+        text = target_text(values)
+        target = places.target(
+            text, values.flag("target-insecure"), values.text("target-archive"), source
+        )
+        blobs = None
+        if values.text("source-backend-type"):
+            config = json.dumps(backend_config(values, "source-backend"))
+            blobs = configured_backend(values.text("source-backend-type"), config)
+            stack.callback(blobs.close)
+        logger.info(
+            "Starting reverse conversion from Nydus image %s to OCI image %s", source.name, text
+        )
+        reverse = Reverse(source, target, work, blobs, proves=not values.flag("no-proof"))
+        reverse.run(values.text("platform"), values.flag("all-platforms"))
+        logger.info(
+            "Successfully converted Nydus image %s to OCI image %s", source.name, target.name
+        )
+    return 0
+
+
 def _records(
     values: Values, places: Places, target: str, blobs: BlobStore, options: ConvertOptions
 ) -> LayerRecords | None:
@@ -269,8 +301,9 @@ def _blob_folder(values: Values, stack: ExitStack) -> BlobFolder | None:
 def backend_config(values: Values, prefix: str) -> dict[str, object]:
     """Return the configuration of a backend, whose text may hold secrets; raise `NydusError`."""
     text = values.text(f"{prefix}-config")
-    if not text and values.text(f"{prefix}-config-file"):
-        text = Path(values.text(f"{prefix}-config-file")).read_text("utf-8")
+    file = f"{prefix}-config-file"
+    if not text and file in values.values and values.text(file):
+        text = Path(values.text(file)).read_text("utf-8")
     if not text:
         raise UsageError(
             f"backend configuration is empty, please specify option '--{prefix}-config'"

@@ -14,6 +14,7 @@ from fscache.backend.base import BlobReader
 
 __all__ = [
     "BlobStore",
+    "LayerSource",
     "PieceReader",
     "Source",
     "Target",
@@ -24,7 +25,14 @@ __all__ = [
 ]
 
 
-class Source(Protocol):
+class LayerSource(Protocol):
+    """A place that blobs are read from as wholes; safe to use from many threads."""
+
+    def pieces(self, descriptor: Descriptor) -> Generator[bytes]:
+        """Yield a blob piece by piece; raise `NydusError`, also at its end when it is another."""
+
+
+class Source(LayerSource, Protocol):
     """A place that an image is read from; safe to use from many threads."""
 
     @property
@@ -36,9 +44,6 @@ class Source(Protocol):
 
     def document(self, descriptor: Descriptor) -> bytes:
         """Return an index, manifest or configuration, verified; raise `NydusError`."""
-
-    def pieces(self, descriptor: Descriptor) -> Generator[bytes]:
-        """Yield a blob piece by piece; raise `NydusError`, also at its end when it is another."""
 
     def open(self, blob_id: str) -> BlobReader:
         """Return a reader of ranges of a blob; raise `NydusError` for an id that is refused."""

@@ -12,7 +12,7 @@ from builder.convert.bootlayer import extract_bootstrap
 from builder.oci import media
 from builder.oci.config import ImageConfig
 from builder.oci.errors import ImageError
-from builder.oci.place import BlobStore, Source, Target, verified_pieces
+from builder.oci.place import BlobStore, LayerSource, Source, Target, verified_pieces
 from builder.oci.records import Descriptor, Manifest, describe, go_json
 from builder.output import write_file
 from builder.proof.compare import COMPARED, require_equal
@@ -53,7 +53,7 @@ class SourceReader:
 
     def __init__(
         self,
-        source: Source,
+        source: LayerSource,
         chunk_bytes: int,
         digester: Digester,
         at_once: int = 1,

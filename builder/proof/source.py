@@ -11,7 +11,7 @@ from contextlib import closing
 from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 from builder.errors import BuildError
-from builder.oci.place import PieceReader, Source
+from builder.oci.place import LayerSource, PieceReader
 from builder.oci.records import Descriptor
 from builder.proof.entry import Entry
 from builder.source.opening import open_tar
@@ -114,7 +114,7 @@ def _digests(content: Any, piece_bytes: int, digester: Digester) -> tuple[bytes,
 
 
 def read_layer(
-    source: Source,
+    source: LayerSource,
     layer: Descriptor,
     diff_id: str,
     chunk_bytes: int,

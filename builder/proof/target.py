@@ -17,7 +17,7 @@ from erofs.errors import error_context
 from erofs.tree import iter_names
 from erofs.view import ReadAt
 
-__all__ = ["TargetTree", "load_target"]
+__all__ = ["ReadOn", "TargetTree", "load_target"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +50,14 @@ class _Window:
         return self._data[place : place + length]
 
 
-class _Windows:
+class ReadOn:
+    """Blobs that are read from front to back by small ranges: large ones are fetched."""
+
     def __init__(self, provider: BlobProvider) -> None:
         self._provider = provider
 
     def open(self, blob_id: str) -> ReadAt:
+        """Return a reader for one thread; raise `NydusError`."""
         return _Window(self._provider.open(blob_id))
 
 
@@ -126,7 +129,7 @@ class TargetTree:
         stop = threading.Event()
 
         def read(part: Sequence[Chunk]) -> int:
-            reader = ChunkReader(self._blobs, self._ids, _Windows(provider), self._path)
+            reader = ChunkReader(self._blobs, self._ids, ReadOn(provider), self._path)
             total = 0
             for chunk in part:
                 if stop.is_set():

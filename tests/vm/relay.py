@@ -26,6 +26,8 @@ MARK = "vm-report:"
 PYTEST = (
     ".venv/bin/python", "-m", "pytest", "-q", "--no-header", "--confcutdir=tests/vm",
     "-p", "no:cacheprovider", "-p", "pytest_timeout",
+    # What was selected here by marks is named there.
+    "-m", "",
 )  # fmt: skip
 ENVIRONMENT = {REPORTING: "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 # One test in a processor that is emulated, and everything of one kernel.

@@ -50,6 +50,7 @@ def _prepare(stored: StoredKernel, kernel: Kernel, hardware: Hardware, directory
         "release": stored.release,
         "tree": os.fspath(stored.modules),
         "lab": os.fspath(_LAB),
+        "checkout": os.fspath(CHECKOUT),
         "python": os.fspath(_interpreter()),
     }
     modules = (*kernel.boot_modules, *kernel.rebuilt)

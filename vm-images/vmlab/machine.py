@@ -174,8 +174,8 @@ class Guest:
         """
         deadline = None if seconds is None else time.monotonic() + seconds
         while True:
-            if deadline is not None:
-                self.port.settimeout(max(deadline - time.monotonic(), 0.001))
+            left = None if deadline is None else max(deadline - time.monotonic(), 0.001)
+            self.port.settimeout(left)
             try:
                 data = self.port.recv(1 << 16)
             except TimeoutError:

@@ -243,7 +243,7 @@ def attach_mount(
     mountpoint: Path,
     *,
     name: str | None = None,
-    read_ahead_kb: int = DEFAULT_READ_AHEAD_KB,
+    read_ahead_kb: int | None = DEFAULT_READ_AHEAD_KB,
     before_attach: Callable[[ErofsMount], None] | None = None,
 ) -> ErofsMount:
     """Attach an EROFS mount that nobody can reach yet; see `mount_erofs`.
@@ -252,7 +252,7 @@ def attach_mount(
         mount: its descriptor, closed in any case.
         mountpoint: an existing directory.
         name: its entry below `/sys/fs/erofs`, where the caller knows it.
-        read_ahead_kb: of its files.
+        read_ahead_kb: of its files; None is the kernel's own.
         before_attach: see `mount_erofs`.
 
     Raises:
@@ -266,7 +266,8 @@ def attach_mount(
         finally:
             os.close(root)
         # Before anybody can read.
-        set_read_ahead(name, device, read_ahead_kb)
+        if read_ahead_kb is not None:
+            set_read_ahead(name, device, read_ahead_kb)
         result = ErofsMount(mountpoint.absolute(), device, name)
         if before_attach is not None:
             before_attach(result)

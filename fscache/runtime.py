@@ -226,12 +226,15 @@ class Runtime:
 
         Raises `MountError`; the image is served on all the same until it is gone.
         """
-        with self._lock:
-            if image in self._images:
-                self._images.remove(image)
-                self._leaving.append(image)
-        image.unmount()
-        self._keep(image)
+        try:
+            image.unmount()
+        finally:
+            with self._lock:
+                if image in self._images:
+                    # From here on it may be closed at any time, and then cannot be noted.
+                    self._keep(image)
+                    self._images.remove(image)
+                    self._leaving.append(image)
         self._reap()
 
     def _reap(self) -> bool:

@@ -16,7 +16,7 @@ from fscache.cachefiles.channel import Begin, Channel
 from fscache.cachefiles.device import Device
 from fscache.cachefiles.errors import CachefilesError
 from fscache.cachefiles.machine import KernelObject
-from fscache.cachefiles.names import VOLUME_PREFIX, cached_file, scope_of
+from fscache.cachefiles.names import VOLUME_PREFIX, cached_file, check_name, scope_of
 from fscache.cachefiles.slots import Filling, Slot
 from fscache.cachefiles.sources import Source
 
@@ -122,8 +122,10 @@ class KernelCache:
         """Remove an idle file from every volume.
 
         Raises:
-            CachefilesError: it is in use somewhere, or cannot be removed; idle ones are gone.
+            CachefilesError: no name of a file; or it is in use somewhere, or cannot be removed:
+                idle ones are gone.
         """
+        check_name("blob_id", name)
         prefix = "I" + VOLUME_PREFIX.decode()
         scopes = [
             path.name.removeprefix(prefix) for path in (self.directory / "cache").glob(f"{prefix}*")

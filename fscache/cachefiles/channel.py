@@ -148,7 +148,8 @@ class Channel:
             message = parse_message(raw)
         except BadMessage as error:
             logger.critical("%s", error)
-            self._refuse(error)
+            if error.refusable is not None:
+                self._refuse(error.refusable)
             return
         if isinstance(message, Open):
             self._open(message)
@@ -157,17 +158,21 @@ class Channel:
         else:
             self._close(message)
 
-    def _refuse(self, error: BadMessage) -> None:
-        """Fail what cannot be understood, if it is an OPEN; a READ would need its object."""
-        if error.fd is None:
+    def _refuse(self, message: Open | Read) -> None:
+        """Fail what cannot be understood."""
+        if isinstance(message, Read):
+            with self._lock:
+                pending = self._machine.read(message)
+            if pending is not None:
+                self.answer(pending)
             return
         try:
-            if error.msg_id is not None:
-                self.device.write(copen(error.msg_id, -errno.EIO))
+            self.device.write(copen(message.msg_id, -errno.EIO))
         except OSError as refused:
             logger.error("a bad OPEN was not refused: %s", refused)
         finally:
-            os.close(error.fd)
+            if message.fd >= 0:
+                os.close(message.fd)
 
     def _open(self, message: Open) -> None:
         with self._lock:
@@ -192,7 +197,7 @@ class Channel:
             self._forget([target])
         if target.phase is Phase.OPEN:
             logger.debug("opened %r, %d bytes", target, target.size)
-            filling.follow(filling.slot.source.ahead())
+            filling.follow(filling.slot.ahead())
 
     def _answer_open(self, target: KernelObject, answer: int) -> None:
         with self._lock:
@@ -233,7 +238,7 @@ class Channel:
     def _request(self, filling: Filling, request: ReadRequest, reply: Reply) -> None:
         """Have a range made ready, then copied; never blocks."""
         end = request.offset + request.length
-        if request.offset % BLOCK_SIZE or end > filling.slot.size:
+        if request.offset % BLOCK_SIZE or not request.offset < end <= filling.slot.size:
             reply.deny("range outside of the file")
             logger.error("READ outside of %r: %s", filling.target, request)
             return
@@ -312,10 +317,15 @@ class Channel:
 
     def _work_ahead(self, filling: Filling) -> None:
         """Copy one extent, and make room for others before the next one."""
-        extent = filling.take()
-        if extent is None:
-            return
-        if self._copy(filling, filling.slot.source, extent):
+        try:
+            extent = filling.take()
+            if extent is None:
+                return
+            go_on = self._copy(filling, filling.slot.source, extent)
+        except NydusError as error:
+            logger.info("not copied ahead: %s", error)
+            go_on = False
+        if go_on:
             self._begin(filling)
         else:
             filling.give_up()

@@ -20,7 +20,7 @@ from fscache.cachefiles.errors import CachefilesError
 from fscache.cachefiles.machine import KernelObject, Phase
 from fscache.cachefiles.sources import PIECE_BYTES, Extent, Source
 
-__all__ = ["Withdrawn", "copy", "is_present"]
+__all__ = ["Withdrawn", "copy"]
 
 _T = TypeVar("_T")
 
@@ -93,11 +93,6 @@ def _holes(target: KernelObject, extent: Extent) -> Iterator[Extent]:
         data = _next(target, hole, os.SEEK_DATA)
         position = end if data is None else min(data, end)
         yield hole, position
-
-
-def is_present(target: KernelObject, extent: Extent) -> bool:
-    """Tell whether the kernel has a whole extent; raise as `copy`."""
-    return next(_holes(target, extent), None) is None
 
 
 def copy(target: KernelObject, source: Source, extent: Extent) -> int:

@@ -125,9 +125,11 @@ class CachefilesDomain(Domain):
                 job.attaching(mounts[0])
 
             descriptor = _create_mount(fsid, [blob.blob_id for blob in job.blobs], job.bootstrap)
+            # Nothing tells which window is this one's, and a chunk is copied as a whole anyway.
             attach_mount(
-                descriptor, job.mountpoint, name=f"{_SCOPE},{fsid}", before_attach=before_attach
-            )
+                descriptor, job.mountpoint, name=f"{_SCOPE},{fsid}", read_ahead_kb=None,
+                before_attach=before_attach,
+            )  # fmt: skip
             stack.pop_all()
         return mounts[0]
 

@@ -48,19 +48,20 @@ _READ = struct.Struct("=QQ")
 _NUL = b"\0"
 
 
+# In place of a descriptor of a bad OPEN.
+_NO_FD = -1
+
+
 class BadMessage(ProtocolError):
     """The kernel sent what this code cannot read.
 
-    `msg_id` is that of an OPEN or READ that could be answered all the same, else None; `fd` is a
-    descriptor that came along and has to be closed, else None.
+    `refusable` is the OPEN or READ that can be refused all the same, with what is known of it: the
+    descriptor of an OPEN may be negative, a READ has no range. None where nobody can be answered.
     """
 
-    def __init__(
-        self, what: str, msg_id: int | None = None, fd: int | None = None, **where: object
-    ) -> None:
+    def __init__(self, what: str, refusable: Open | Read | None = None, **where: object) -> None:
         super().__init__(what, **where)
-        self.msg_id = msg_id
-        self.fd = fd
+        self.refusable = refusable
 
 
 class Open(NamedTuple):
@@ -126,25 +127,20 @@ def parse_message(buffer: bytes) -> Message:
     if opcode == _OPEN_CODE:
         return _parse_open(buffer, msg_id, length, object_id)
     if opcode == _READ_CODE:
-        _check_length(buffer, length, _HEADER.size + _READ.size, msg_id)
-        offset, count = _READ.unpack_from(buffer, _HEADER.size)
-        if not count or offset + count > _MAX_SIZE:
-            raise BadMessage("impossible range in a READ", msg_id, offset=offset, got=count)
-        return Read(msg_id, object_id, offset, count)
+        expected = _HEADER.size + _READ.size
+        _check_length(buffer, length, expected, Read(msg_id, object_id, 0, 0))
+        return Read(msg_id, object_id, *_READ.unpack_from(buffer, _HEADER.size))
     if opcode == _CLOSE_CODE:
         _check_length(buffer, length, _HEADER.size, None)
         return Close(msg_id, object_id)
     raise BadMessage("unknown opcode", got=opcode)
 
 
-def _check_length(
-    buffer: bytes, length: int, expected: int, msg_id: int | None, fd: int | None = None
-) -> None:
+def _check_length(buffer: bytes, length: int, expected: int, refusable: Open | Read | None) -> None:
     if not length == len(buffer) == expected:
         raise BadMessage(
             "message of the wrong length",
-            msg_id,
-            fd,
+            refusable,
             expected=expected,
             got=f"{len(buffer)} bytes that say {length}",
         )
@@ -152,15 +148,17 @@ def _check_length(
 
 def _parse_open(buffer: bytes, msg_id: int, length: int, object_id: int) -> Open:
     start = _HEADER.size + _OPEN.size
+    refusable = Open(msg_id, object_id, _NO_FD, b"", b"")
     if len(buffer) < start:
-        raise BadMessage("truncated OPEN", msg_id, expected=f"{start} bytes", got=len(buffer))
+        raise BadMessage("truncated OPEN", refusable, expected=f"{start} bytes", got=len(buffer))
     volume_size, cookie_size, fd, _flags = _OPEN.unpack_from(buffer, _HEADER.size)
     if fd >= _MAX_FD:
-        raise BadMessage("OPEN without a descriptor", msg_id, got=fd)
-    _check_length(buffer, length, start + volume_size + cookie_size, msg_id, fd)
+        raise BadMessage("OPEN without a descriptor", refusable, got=fd)
+    refusable = refusable._replace(fd=fd)
+    _check_length(buffer, length, start + volume_size + cookie_size, refusable)
     volume = buffer[start : start + volume_size]
     if not volume.endswith(_NUL):
-        raise BadMessage("volume key without its end", msg_id, fd, got=volume)
+        raise BadMessage("volume key without its end", refusable, got=volume)
     return Open(msg_id, object_id, fd, volume.rstrip(_NUL), buffer[start + volume_size :])
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from fscache.cachefiles.errors import CachefilesError
 from fscache.cachefiles.machine import KernelObject
 from fscache.cachefiles.sources import Extent, Source
 
@@ -100,8 +102,18 @@ class Slot:
 
     @property
     def source(self) -> Source:
-        """What the file is filled from now; there is one as long as the kernel may ask."""
-        return self._sources[0]
+        """What the file is filled from now; there is one as long as the kernel may ask.
+
+        Raises `CachefilesError` after that.
+        """
+        sources = self._sources
+        if not sources:
+            raise CachefilesError("not served any more", errno.ENOENT, blob=self.name)
+        return sources[0]
+
+    def ahead(self) -> Iterator[Extent]:
+        """Yield what is ready and is to be copied before it is read; raise `NydusError`."""
+        yield from self.source.ahead()
 
     @property
     def is_open(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -57,12 +58,14 @@ class BootstrapSource:
     """A bootstrap in a file; all of it is copied at once, since it is read page by page.
 
     Args:
-        fd: the open file, owned by the caller as long as this is used.
+        fd: the open file; what this needs is a copy, closed when nobody uses this any more.
         opened: called when the kernel opens it, which is when somebody mounts.
     """
 
     def __init__(self, fd: int, opened: Callable[[], None] | None = None) -> None:
-        self._fd = fd
+        # Whoever copies in the background may be last: by then the number could be another file's.
+        self._fd = os.dup(fd)
+        weakref.finalize(self, os.close, self._fd)
         self._opened = opened
         self._bytes = os.fstat(fd).st_size
         self.size = align_up(self._bytes, BLOCK_SIZE)

@@ -380,6 +380,13 @@ def _set_oom_score(adjustment: str) -> None:
         file.write(adjustment)
 
 
+def _close_others(wanted: set[int]) -> None:
+    """Close what came along by chance: descriptors that the kernel had just given the worker."""
+    for fd in {int(name) for name in os.listdir("/proc/self/fd")} - wanted:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
 def main() -> None:
     """Run with the words that `fscache.holder.link` gives: one JSON object."""
     options = json.loads(sys.argv[1])
@@ -389,6 +396,7 @@ def main() -> None:
     os.chdir("/")
     os.setsid()
     _set_oom_score("-1000")
+    _close_others({0, 1, 2, *(options[name] for name in ("listener", "first", "lock"))})
     for name in ("listener", "first", "lock"):
         os.set_inheritable(options[name], False)
     for number in _SIGNALS:

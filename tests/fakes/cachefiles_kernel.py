@@ -62,6 +62,8 @@ class SimulatedKernel:
         # Descriptor → (target, object id), as long as the daemon has it open.
         self.fds = {}
         self.replies = 0
+        # Whether `restore` follows, which has everything delivered again.
+        self.handing_over = False
 
     # What happens in the kernel
 
@@ -111,6 +113,16 @@ class SimulatedKernel:
             self._end(request)
         self.targets.remove(target)
         target.state = "gone"
+
+    def fail(self, request):
+        """The daemon has no descriptor left for an OPEN (`EMFILE`)."""
+        self._end(request)
+        self._fail_opening(request.target)
+
+    def _fail_opening(self, target):
+        target.state = "closed"
+        for waiting in self._pending(target, "read"):
+            self._end(waiting)
 
     def restore(self):
         """All that has no answer is to be delivered again."""
@@ -174,9 +186,7 @@ class SimulatedKernel:
         if int(match[2]) >= 0 and target.fd is not None:
             target.state = "open"
             return True
-        target.state = "closed"
-        for waiting in self._pending(target, "read"):
-            self._end(waiting)
+        self._fail_opening(target)
         return True
 
     def cread(self, fd, msg_id):
@@ -205,7 +215,7 @@ class SimulatedKernel:
         target.fd = None
         if target.state == "open":
             waiting = [item for item in self._pending(target, "read") if item.delivered]
-            check(not waiting, "descriptor closed with a READ in hand")
+            check(self.handing_over or not waiting, "descriptor closed with a READ in hand")
             target.state = "closed"
         elif target.state == "opening":
             check(False, "descriptor closed before its copen")
@@ -288,9 +298,36 @@ class Simulation:
         if number % 8:
             return False
         self.kernel.close_all()
+        self._succeed()
+        return True
+
+    def hand_over(self, number):
+        """A daemon that ends leaves what is not answered, if there is something in use."""
+        if number % 8:
+            return False
+        while self.answer_open(number):
+            pass
+        self.kernel.handing_over = True
+        self._do(self.machine.end(answer=False))
+        while self.release(number):
+            pass
+        for pending in self.reads:
+            check(not self.machine.answer_read(pending), "a completion after the end")
+        check(not self.kernel.fds, "descriptors left open at the end")
+        self.kernel.handing_over = False
+        self._succeed()
+        return True
+
+    def _succeed(self):
         self.machine = Machine()
         self.opening, self.reads, self.held = [], [], []
         self.kernel.restore()
+
+    def no_descriptor(self, number):
+        unread = [item for item in self.kernel.deliverable() if item.kind == "open"]
+        if not unread or number % 4:
+            return False
+        self.kernel.fail(unread[number // 4 % len(unread)])
         return True
 
     # Daemon events
@@ -365,9 +402,9 @@ class Simulation:
                 self.kernel.close_fd(action.fd)
 
     EVENTS = (
-        mount, miss, miss, miss, kill_reader, unmount, abort_mount, restore_again, kill_daemon,
-        take, take, take, take, answer_open, answer_open, answer_read, answer_read, answer_read,
-        use, release, release,
+        mount, miss, miss, miss, kill_reader, unmount, abort_mount, no_descriptor,
+        restore_again, kill_daemon, hand_over, take, take, take, take, answer_open, answer_open,
+        answer_read, answer_read, answer_read, use, release, release,
     )  # fmt: skip
 
     def step(self, number):

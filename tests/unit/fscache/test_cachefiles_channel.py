@@ -193,7 +193,14 @@ def test_wrong_chunk_never_gets_into_the_kernels_cache(rig):
 
 @pytest.mark.parametrize(
     ("offset", "length"),
-    [(0, 1 << 40), (len(SIZES) << 40, 4096), (512, 4096), (5 * CHUNK_SIZE, CHUNK_SIZE)],
+    [
+        (0, 1 << 40),
+        (len(SIZES) << 40, 4096),
+        (512, 4096),
+        (5 * CHUNK_SIZE, CHUNK_SIZE),
+        (0, 0),
+        ((1 << 64) - 4096, (1 << 64) - 1),
+    ],
 )
 def test_ranges_that_cannot_be_are_answered_without_data(rig, offset, length):
     opened = rig.open()
@@ -253,11 +260,25 @@ def test_bad_messages_and_failed_reads_do_not_end_it(rig):
     rig.kernel.end.send(bad)
     assert rig.kernel.command() == b"copen 5,-5"
     wait_until(lambda: not Path(f"/proc/self/fd/{fd}").exists())
+    # An OPEN without its descriptor.
+    rig.kernel.end.send(bad[:20])
+    assert rig.kernel.command() == b"copen 5,-5"
     rig.kernel.end.send(b"short")
     rig.kernel.device.read_errors = [errno.EMFILE, errno.EEXIST]
     rig.kernel.end.send(struct.pack("=IIIIQQ", 5, 2, 32, 999, 0, 4096))
     assert rig.open().is_open
     assert rig.cache.trouble == ""
+
+
+def test_bad_reads_are_answered_without_data(rig):
+    opened = rig.open()
+    header = struct.pack("=IIII", 77, 2, 24, opened.object_id)
+    rig.kernel.end.send(header + bytes(8))
+    assert rig.kernel.answered() == (opened.inode, 77)
+    # One of nobody's: there is no descriptor by which it could be answered.
+    rig.kernel.end.send(struct.pack("=IIIIQ", 78, 2, 24, 999, 0))
+    assert rig.kernel.read(opened, 0, 4096) == rig.blob.plain[:4096]
+    assert rig.cache.waiting == 0
 
 
 def test_bug_of_a_callback_is_an_answer(rig, monkeypatch):
@@ -368,6 +389,44 @@ def test_other_sources_of_a_name(rig, tmp_path):
         rig.cache.add("d", "boot", BootstrapSource(rig.fd), b"other")
 
 
+def test_name_that_is_not_served_any_more(rig):
+    """An image may be closed before the kernel has told that its files are."""
+    opened = rig.open()
+    (filling,) = rig.cache._channel._fillings.values()
+    rig.cache.remove("d", rig.blob.id, rig.source)
+    assert rig.kernel.read(opened, 0, 4096) is None
+    # The threads that copy ahead are alive afterwards.
+    for _ in range(8):
+        filling.add((0, 4096))
+    rig.cache.add("d", rig.blob.id, rig.source)
+    again = rig.open()
+    assert rig.kernel.read(again, 0, 4096) == rig.blob.plain[:4096]
+    rig.fetcher.fetch_all(rig.cached)
+    wait_until(lambda: again.has(0, len(rig.blob.plain)))
+
+
+def test_bootstrap_is_copied_from_its_own_file(tmp_path):
+    """Whoever copies in the background may be at it when the image is closed."""
+    place = tmp_path / "boot"
+    place.write_bytes(b"bootstrap" * 1000)
+    fd = os.open(place, os.O_RDONLY)
+    source = BootstrapSource(fd)
+    os.close(fd)
+    page = memoryview(bytearray(4096))
+    source.copy(4096, page)
+    assert page == place.read_bytes()[4096:8192]
+    (link,) = [path for path in Path("/proc/self/fd").iterdir() if points_to(path, place)]
+    del source
+    assert not link.exists()
+
+
+def points_to(link, place):
+    try:
+        return link.readlink() == place
+    except OSError:
+        return False
+
+
 def test_idle_files_are_culled_by_another_process(rig, monkeypatch):
     place = Path.cwd()
     cached = rig.cache.directory / "cache/Ierofs,d/@00"
@@ -382,3 +441,6 @@ def test_idle_files_are_culled_by_another_process(rig, monkeypatch):
     assert [rig.kernel.command() for _ in range(2)] == [b"inuse Dboot", b"cull Dboot"]
     assert Path.cwd() == place
     assert (cached / "Dboot").exists()
+    for name in ("", "a/b", "../x", "\udcff"):
+        with pytest.raises(CachefilesError, match="blob_id cannot be a name"):
+            rig.cache.cull_everywhere(name)

@@ -1,6 +1,7 @@
 """What is tried for each word of the command line, and who gets a holder."""
 
 import os
+import threading
 import time
 
 import pytest
@@ -183,3 +184,52 @@ def test_without_a_place_for_verdicts(machine, tmp_path, monkeypatch):
     monkeypatch.setenv("NYDUSD_RUN_DIR", str(tmp_path / "file"))
     for _ in range(2):
         assert machine.find(tmp_path) == [(Transport.FANOTIFY, False)]
+
+
+class Leaving:
+    """An image whose mount is gone at once; noted as long as it is open."""
+
+    is_kept, is_gone, key, bootstrap_fd = True, True, "key", 7
+
+    def __init__(self):
+        self.is_open = True
+
+    @property
+    def record(self):
+        assert self.is_open
+        return self
+
+    def to_dict(self):
+        return {}
+
+    def unmount(self):
+        # Time for the reaper to come by.
+        time.sleep(0.05)
+
+    def close(self):
+        self.is_open = False
+
+
+class Link:
+    def __init__(self):
+        self.notes = []
+
+    def keep(self, key, values, descriptors):
+        self.notes.append("kept")
+
+    def drop(self, key):
+        self.notes.append("dropped")
+
+
+def test_unmounted_image_is_noted_before_it_is_closed():
+    """Else the note would be of another file, and stay for ever."""
+    link, image = Link(), Leaving()
+    runtime = Runtime(link)
+    runtime._images.append(image)
+    reap = threading.Thread(target=lambda: [runtime._reap() for _ in range(10_000)])
+    reap.start()
+    runtime.unmount(image)
+    reap.join()
+    assert link.notes == ["kept", "dropped"]
+    assert not image.is_open
+    runtime.close()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import NamedTuple
 
+from fscache.cachefiles.support import unsafe_kernel
 from fscache.doctor_facts import CAP_SYS_ADMIN, CAP_SYS_RESOURCE, Facts
 from fscache.fetcher import FetcherOptions
 
@@ -226,12 +227,15 @@ def _cachefiles(facts: Facts) -> Row:
         remedy = _enable(facts, "CONFIG_CACHEFILES", "cachefiles")
     elif code == errno.EBUSY:
         remedy = "systemctl disable --now cachefilesd (somebody holds the device)"
+    unsafe = unsafe_kernel(facts.release, "")
+    if good and not remedy:
+        remedy = unsafe
     mounts = {True: "yes", False: "no", None: "not asked"}[facts.fscache_mounts]
     return Row(
         "cachefiles on demand",
-        Verdict.NOTE if good and code else _verdict(good),
+        Verdict.NOTE if good and (code or unsafe) else _verdict(good),
         f"{_opened('/dev/cachefiles', code)}; EROFS over fscache: {mounts}",
-        f"lazy reading on Linux 5.19 to 7.1; {_LATER}",
+        "lazy reading on Linux 5.19 to 7.1, for one process at a time",
         remedy,
     )
 
@@ -381,11 +385,18 @@ def transports(facts: Facts) -> list[Transport]:
     """Return the ways to the kernel, the best first (spec ondemand 5.15)."""
     lazy = all(finding.ok for finding in facts.findings.values()) and facts.sysfs
     mounts = _ok(facts, "erofs") and _ok(facts, "privilege")
-    fscache = facts.fscache_mounts is True and facts.devices["/dev/cachefiles"] == 0
+    # Nobody is led to a kernel's known holes: who wants that says so.
+    cachefiles = all(
+        (
+            facts.fscache_mounts is True and not facts.devices["/dev/cachefiles"],
+            facts.filesystem in _FILESYSTEMS and facts.writable,
+            not unsafe_kernel(facts.release, ""),
+        )
+    )
     opens = {path: mounts and not code for path, code in facts.devices.items()}
     return [
         Transport("fanotify on plain files", True, lazy, True),
-        Transport("fscache", True, fscache, False),
+        Transport("cachefiles", True, cachefiles, True),
         Transport("ublk", True, opens["/dev/ublk-control"], False),
         Transport("NBD", True, opens["/dev/nbd0"], False),
         Transport("FUSE", True, not facts.fuse, True),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fscache import kernel
+from fscache.cachefiles.support import takes_fsid
 from fscache.channel.fuse import require_fuse
 from fscache.loop import LoopDevice, LoopError
 from fscache.probe import Finding, filesystem_type, probe
@@ -104,7 +105,7 @@ def gather(work_dir: Path) -> Facts:
         findings={finding.name: finding for finding in findings},
         devices={path: _try_device(path) for path in _DEVICES},
         filesystems=filesystems,
-        fscache_mounts=None if filesystems["erofs"] else _takes_fsid(),
+        fscache_mounts=None if filesystems["erofs"] else takes_fsid(),
         fuse=_try_fuse(),
         loop=_try_loop(place),
         sysfs=Path("/sys/fs/erofs").is_dir(),
@@ -170,19 +171,6 @@ def _try_filesystem(name: str) -> int:
     except OSError as error:
         return error.errno or errno.EIO
     return 0
-
-
-def _takes_fsid() -> bool:
-    """Return whether EROFS mounts over fscache: where compiled out, it only says so (spec 0)."""
-    context = kernel.fsopen("erofs")
-    try:
-        kernel.fsconfig_string(context, "fsid", "nydusd-doctor")
-        return not kernel.read_log(context)
-    except OSError:
-        # Removed: the option is unknown.
-        return False
-    finally:
-        os.close(context)
 
 
 def _try_fuse() -> str:

@@ -133,14 +133,24 @@ def test_before_file_backed_mounts_loop_devices_are_left():
 @pytest.mark.parametrize("code", [0, errno.EBUSY])
 def test_cachefiles_of_a_kernel_that_has_it(code):
     devices = {**GOOD.devices, "/dev/cachefiles": code}
-    facts = without("fanotify", release="6.6.9", devices=devices, fscache_mounts=True)
+    facts = without("fanotify", release="6.6.60", devices=devices, fscache_mounts=True)
     found = row(facts, "cachefiles on demand")
     assert found.verdict is (Verdict.NOTE if code else Verdict.YES)
     assert ("cachefilesd" in found.remedy) == bool(code)
     report = diagnose(facts)
-    # Told, but not chosen: this version does not serve it.
-    assert ("would allow, but this version does not use: fscache" in report.as_text()) == (not code)
-    assert not report.lazy
+    assert report.lazy == (not code)
+    assert (report.chosen.name == "cachefiles") == (not code)
+    # The kernel's cache lies below the cache directory.
+    assert not diagnose(facts._replace(filesystem="tmpfs")).lazy
+
+
+def test_cachefiles_that_are_unsafe_are_not_chosen():
+    devices = {**GOOD.devices, "/dev/cachefiles": 0}
+    facts = without("fanotify", release="6.6.9", devices=devices, fscache_mounts=True)
+    found = row(facts, "cachefiles on demand")
+    assert found.verdict is Verdict.NOTE
+    assert "CVE-2024-40899" in found.remedy
+    assert not diagnose(facts).lazy
 
 
 def test_cachefiles_that_are_gone_for_good():
@@ -257,7 +267,7 @@ def test_json_has_everything():
         "meaning": "needed to mount, and for pre-content events",
         "remedy": "",
     }
-    assert {way["name"] for way in value["transports"] if way["lazy"]} >= {"fscache", "FUSE"}
+    assert {way["name"] for way in value["transports"] if way["lazy"]} >= {"cachefiles", "FUSE"}
 
 
 def test_kernel_configurations():

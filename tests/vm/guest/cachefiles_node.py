@@ -37,6 +37,7 @@ for line in sys.stdin:
     pid = os.fork()
     if not pid:
         os.setsid()
+        os.environ.update(request["env"])
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -73,8 +74,8 @@ class Launcher:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
-    def start(self, words, log):
-        return self._ask(words=[str(word) for word in words], log=str(log))
+    def start(self, words, log, **env):
+        return self._ask(words=[str(word) for word in words], log=str(log), env=env)
 
     def wait(self, pid):
         return self._ask(wait=pid)
@@ -132,16 +133,17 @@ class Node:
         self.sock = directory / "api"
         self.log = directory / "log"
         self.server = stack.enter_context(BlobServer())
+        self.environment = {}
         self.running = []
         self.mounts = []
         stack.callback(self.end)
 
     def end(self):
-        for pid in list(self.running):
-            self.kill(pid)
         for target in self.mounts:
             unmount_now(target, MNT_DETACH)
-        # The holder closes the device when nobody comes.
+        for pid in list(self.running):
+            self.kill(pid, signal.SIGTERM)
+        # The last one closes the device.
         wait_until(lambda: not self.holders())
 
     def holders(self):
@@ -158,7 +160,7 @@ class Node:
         return ["singleton", "--fscache", self.cache, "-A", sock or self.sock, *more]
 
     def begin(self, *words):
-        pid = self.launcher.start(words or self.words(), self.log)
+        pid = self.launcher.start(words or self.words(), self.log, **self.environment)
         self.running.append(pid)
         return pid
 

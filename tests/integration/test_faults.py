@@ -389,6 +389,30 @@ def test_unmounted_by_somebody_else(serving, server, image, source):
     assert not list((serving.directory / "cache").glob("serve-*"))
 
 
+def test_unmounted_during_a_fetch(serving, server, image, source):
+    """The reader is gone, its chunk comes late: nothing leaks, and the cache is right."""
+    daemon = serving.start(image, http(server))
+    server.fault, server.fault_count = "stall", 1
+    reader = serving.child(_READ_NOW, daemon.mountpoint / "a")
+    assert reader.line() == b"reading"
+    wait_until(lambda: server.fault_count == 0)
+    subprocess.run(["umount", "-l", daemon.mountpoint], check=True)
+    reader.process.kill()
+    reader.process.wait()
+    # A descriptor that something else gets while the fetch still knows its number.
+    innocent = serving.directory / "innocent"
+    innocent.write_bytes(b"untouched")
+    with innocent.open("r+b"):
+        server.released.set()
+        daemon.stop()
+    assert innocent.read_bytes() == b"untouched"
+    assert not [path for path in (serving.directory / "cache").glob("serve-*") if path.is_dir()]
+    links = {str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+    assert not [link for link in links if link.startswith(str(serving.directory / "cache"))]
+    top = serving.start(image, http(server)).mountpoint
+    assert serving.read(top / "a") == (source / "a").read_bytes()
+
+
 def test_two_daemons_share_a_work_directory(serving, server, image, source):
     first, second = (serving.start(image, http(server)) for _ in range(2))
     got = serving.snapshot(first.mountpoint)

@@ -1,17 +1,22 @@
 """Row 19 of spec ondemand 7.3: hundreds of mounts and thousands of blobs in one daemon."""
 
+import hashlib
+import itertools
 import os
+import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from fakes.blob_image import CHUNK_SIZE
-from serving import wait_until
+from fakes.blob_server import BlobServer
+from serving import build_image, wait_until
 
 from builder.bootstrap import inlined_bootstrap
 from builder.build import BuildOptions, SourceType, build
 from builder.merge import MergeOptions, merge
-from fscache.backend import LocalFsConfig
+from fscache.backend import HttpProxyConfig, LocalFsConfig
 from fscache.config import DaemonConfig
 from fscache.node import NodeDaemon, NodeOptions
 from tests.capabilities import requires
@@ -96,3 +101,49 @@ def test_row_19_many_mounts_and_blobs(serving, tmp_path, mounts, blobs, record_p
         daemon.unmount(f"/{number}")
     assert os.listdir(top) == []
     wait_until(lambda: len(os.listdir("/proc/self/fd")) < descriptors - blobs)
+
+
+_READ_AT_ONCE = """
+import hashlib, os, sys, threading
+paths = [os.path.join(sys.argv[1], name, "file") for name in os.listdir(sys.argv[1])]
+ready = threading.Barrier(len(paths))
+found = []
+def read(path):
+    ready.wait()
+    with open(path, "rb") as file:
+        found.append(hashlib.file_digest(file, "sha256").hexdigest())
+threads = [threading.Thread(target=read, args=(path,)) for path in paths]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(found), *set(found))
+"""
+
+
+def test_a_storm_of_mounts_fetches_each_chunk_once(serving, tmp_path):
+    """50 mounts of one image at once, and 50 readers of the same file."""
+    count, content = 50, random.Random(19).randbytes(64 * CHUNK_SIZE)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_bytes(content)
+    image = build_image(source, tmp_path / "image", chunk_size=CHUNK_SIZE)
+    server = BlobServer(image.blobs())
+    serving.stack.callback(server.stop)
+    top = serving.mountpoint()
+    daemon = NodeDaemon(NodeOptions(top))
+    serving.stack.callback(daemon.stop)
+    daemon.start()
+    config = DaemonConfig(HttpProxyConfig(addr=server.address), tmp_path / "cache")
+    with ThreadPoolExecutor(count) as pool:
+        mounts = [
+            pool.submit(daemon.mount_image, f"/{number}", image.bootstrap, config)
+            for number in range(count)
+        ]
+        for mount in mounts:
+            mount.result()
+    digest = hashlib.sha256(content).hexdigest()
+    assert serving.child(_READ_AT_ONCE, top).finish().decode().split() == [str(count), digest]
+    asked = [tuple(map(int, text.removeprefix("bytes=").split("-"))) for _, text in server.ranges]
+    ends = sorted(asked)
+    assert all(last < following for (_, last), (following, _) in itertools.pairwise(ends))

@@ -21,6 +21,7 @@ __all__ = ["Row", "Transport", "Verdict", "rows", "transports"]
 _EROFS_RELEASE = (5, 16)
 _FILE_BACKED_RELEASE = (6, 12)
 _LAZY_RELEASE = (6, 14)
+_NBD_RELEASE = (6, 4)
 _FSCACHE_RELEASES = ((5, 19), (7, 1))
 _OPEN_FILES = 65_536
 _GROUPS = 128
@@ -249,13 +250,12 @@ def _device(facts: Facts, name: str, path: str, meaning: str, option: str, modul
     remedy = "" if not code else _enable(facts, option, module)
     if code in (errno.EPERM, errno.EACCES):
         remedy = _ABOVE if not _ok(facts, "privilege") else f"allow the device {path}"
-    return Row(name, _verdict(not code), _opened(path, code), f"{meaning}; {_LATER}", remedy)
+    return Row(name, _verdict(not code), _opened(path, code), meaning, remedy)
 
 
 def _fuse(facts: Facts) -> Row:
     meaning = "lazy reading by a process, for every user and on every kernel"
     device = _device(facts, "FUSE", "/dev/fuse", meaning, "CONFIG_FUSE_FS", "fuse")
-    device = device._replace(meaning=meaning)
     if device.verdict is Verdict.NO or not facts.fuse:
         return device
     return device._replace(verdict=Verdict.NO, found=facts.fuse, remedy="apt install fuse3")
@@ -369,11 +369,12 @@ def _rows(facts: Facts) -> Iterator[Row]:
         yield check(facts)
     yield _cachefiles(facts)
     yield _device(
-        facts, "ublk", "/dev/ublk-control", "block devices by a process from Linux 6.0",
+        facts, "ublk", "/dev/ublk-control",
+        f"block devices by a process from Linux 6.0; {_LATER}",
         "CONFIG_BLK_DEV_UBLK", "ublk_drv",
     )  # fmt: skip
     yield _device(
-        facts, "NBD", "/dev/nbd0", "block devices by a socket",
+        facts, "NBD", "/dev/nbd0", "lazy reading by a block device, from Linux 6.4 on",
         "CONFIG_BLK_DEV_NBD", "nbd",
     )  # fmt: skip
     yield _fuse(facts)
@@ -398,7 +399,7 @@ def transports(facts: Facts) -> list[Transport]:
         Transport("fanotify on plain files", True, lazy, True),
         Transport("cachefiles", True, cachefiles, True),
         Transport("ublk", True, opens["/dev/ublk-control"], False),
-        Transport("NBD", True, opens["/dev/nbd0"], False),
+        Transport("NBD", True, opens["/dev/nbd0"] and _release(facts) >= _NBD_RELEASE, True),
         Transport("FUSE", True, not facts.fuse, True),
         Transport("plain files, complete (--eager)", False, _ok(facts, "file-backed"), True),
         Transport("loop devices, complete (--eager)", False, mounts and not facts.loop, True),

@@ -153,6 +153,20 @@ def test_cachefiles_that_are_unsafe_are_not_chosen():
     assert not diagnose(facts).lazy
 
 
+@pytest.mark.parametrize(("release", "chosen"), [("6.12.88", True), ("6.1.0-40-amd64", False)])
+def test_nbd_where_flat_images_are_mounted(release, chosen):
+    devices = {**GOOD.devices, "/dev/nbd0": 0}
+    report = diagnose(without("fanotify", "file-backed", release=release, devices=devices))
+    assert (report.chosen.name == "NBD") is chosen
+    assert report.lazy is chosen
+
+
+def test_what_no_version_uses_is_told_all_the_same():
+    devices = {**GOOD.devices, "/dev/ublk-control": 0}
+    text = diagnose(GOOD._replace(devices=devices)).as_text()
+    assert "would allow, but this version does not use: ublk" in text
+
+
 def test_cachefiles_that_are_gone_for_good():
     assert (
         "not in this kernel" in row(GOOD._replace(release="7.2.0"), "cachefiles on demand").remedy

@@ -31,13 +31,15 @@ def check_name(what: str, name: str) -> str:
     """Return a name that mount options and the cache directory can hold as it is.
 
     Raises:
-        CachefilesError: blanks, commas, slashes, other than printable ASCII, or too long.
+        CachefilesError: blanks, commas, slashes, other than printable ASCII, too long, or a place.
     """
     raw = name.encode("utf-8", "surrogateescape")
-    if not 0 < len(raw) <= _MAX_NAME_BYTES or not set(raw) <= _PLAIN - {ord(",")}:
+    fits = 0 < len(raw) <= _MAX_NAME_BYTES and set(raw) <= _PLAIN - {ord(",")}
+    # A file system has a directory of its name in sysfs.
+    if not fits or raw in (b".", b".."):
         raise CachefilesError(
             f"{what} cannot be a name in the kernel's cache",
-            expected=f"1 to {_MAX_NAME_BYTES} printable ASCII characters, no slash and no comma",
+            expected=f"1 to {_MAX_NAME_BYTES} printable ASCII characters, no slash or comma",
             got=repr(name),
         )
     return name

@@ -291,7 +291,12 @@ def test_bug_of_a_callback_is_an_answer(rig, monkeypatch):
 
 @pytest.mark.parametrize(
     ("code", "text"),
-    [(errno.ENOSPC, "is full"), (errno.ENOBUFS, "less than 1 %"), (errno.EIO, "cannot be written")],
+    [
+        (errno.EROFS, "is read-only"),
+        (errno.ENOSPC, "is full"),
+        (errno.ENOBUFS, "less than 1 %"),
+        (errno.EIO, "cannot be written"),
+    ],
 )
 def test_cache_that_takes_no_data(rig, monkeypatch, caplog, code, text):
     opened = rig.open()

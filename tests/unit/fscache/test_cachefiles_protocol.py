@@ -136,13 +136,15 @@ def test_volumes():
     assert scope_of(b"afs,x") is None
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a,b", "a/b", "ä", "a\n", "x" * 249, "\udcff"])
+@pytest.mark.parametrize(
+    "name", ["", "a b", "a,b", "a/b", "ä", "a\n", "x" * 249, "\udcff", ".", "..", "a\0b"]
+)
 def test_names_that_the_kernel_would_not_keep_as_they_are(name):
     with pytest.raises(CachefilesError, match="fsid cannot be a name"):
         check_name("fsid", name)
 
 
-@pytest.mark.parametrize("name", ["a", "x" * 248, "sha256:abc", "~!#", "."])
+@pytest.mark.parametrize("name", ["a", "x" * 248, "sha256:abc", "~!#", "..."])
 def test_names_that_can_be(name):
     assert check_name("fsid", name) == name
 

@@ -104,6 +104,11 @@ class Prefetch:
         for info in chunks_below(image, nids):
             blob = self._blobs[info.blob_index]
             found = blob.map.chunks_in(info.uncompressed_offset, info.uncompressed_size)
+            if last is not None and last[0] is blob and found.start in last[1]:
+                # Of files in the same piece of a tar, or the same chunk in several.
+                found = range(last[1].stop, found.stop)
+                if not found:
+                    continue
             if last is not None:
                 if (
                     last[0] is blob

@@ -1,5 +1,6 @@
 """The background fetch: what it takes, in which order, and that readers come first."""
 
+import io
 import random
 import threading
 import time
@@ -8,7 +9,7 @@ import pytest
 from fakes.built import built, member, tar_of
 from fakes.memory_reader import MemoryReader
 
-from builder import PrefetchPolicy
+from builder import BuildOptions, PrefetchPolicy, SourceType, build
 from erofs import open_bootstrap
 from erofs.rafs import Compressor
 from fscache.backend import Unavailable
@@ -26,6 +27,7 @@ from fscache.prefetchlist import (
     read_prefetch_file,
 )
 from fscache.settings import PrefetchConfig
+from fscache.tarpieces import PIECE_BYTES
 
 CHUNK = 0x1000
 RANDOM = random.Random(3)
@@ -296,3 +298,31 @@ def test_what_is_there_is_not_fetched_again(rig):
     rig.run([b"/a"], prefetch_all=True)
     assert len(rig.reader.reads) == reads
     assert rig.metrics.as_dict()["prefetch_requests_count"] == 0
+
+
+def test_files_in_one_piece_of_a_tar_are_one_request(tmp_path):
+    """Pieces of a tar have nothing to do with the files in it."""
+    small = tar_of(*(member(f"d/{number:03d}", data=b"x" * 700) for number in range(300)))
+    bootstrap = tmp_path / "boot"
+    result = build(
+        io.BytesIO(small),
+        BuildOptions(source_type=SourceType.TARFS, bootstrap=bootstrap, blob_dir=tmp_path),
+    )
+    (tmp_path / result.blobs[0]).write_bytes(small)
+    (plan,) = read_plan(bootstrap).blobs
+    reader = MemoryReader(Stored(tmp_path, plan.entry.id))
+    metrics = CacheMetrics(tmp_path)
+    cached = CachedBlob.open(tmp_path / "cache", plan.entry, plan.chunks, reader, metrics)
+    fetcher = Fetcher(FetcherOptions(workers=16))
+    fetcher.attach(cached)
+    # While nothing is ready yet: more requests than these would have to wait for it.
+    reader.gate.clear()
+    config = PrefetchConfig(enable=True, threads=len(plan.chunks), batch_size=1, prefetch_all=False)
+    run = Prefetch(fetcher, bootstrap, [cached], [b"/d"], config)
+    run._thread.join(60)
+    assert not run._thread.is_alive()
+    reader.gate.set()
+    fetcher.close(60)
+    assert sorted(reader.reads) == [
+        (start, min(PIECE_BYTES, len(small) - start)) for start in range(0, len(small), PIECE_BYTES)
+    ]

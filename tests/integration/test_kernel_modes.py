@@ -21,7 +21,19 @@ from made_images import Truth, wrong
 from serving import Built
 from treecompare import differences
 
-from builder import BuildOptions, MergeOptions, SourceType, build, merge, unpack
+from builder import (
+    BuildOptions,
+    CompactOptions,
+    FileRanges,
+    MergeOptions,
+    OptimizeOptions,
+    SourceType,
+    build,
+    compact,
+    merge,
+    optimize,
+    unpack,
+)
 from builder.backends import blob_directory
 from builder.source.options import SourceOptions
 from erofs import open_bootstrap
@@ -218,6 +230,7 @@ def test_on_a_dictionary(serving, layers, expected):
     judge(serving, again, expected)
 
 
+@pytest.mark.long
 def test_on_a_parent(serving, layers):
     where = serving.directory / "image"
     parent = None
@@ -227,6 +240,30 @@ def test_on_a_parent(serving, layers):
     truth = serving.directory / "truth"
     truth.mkdir()
     judge(serving, Built(parent, where / "blobs"), expected_layers(layers, truth))
+
+
+@pytest.mark.parametrize("command", ["optimize", "compact"])
+def test_images_that_were_made_of_others(serving, layers, command):
+    """Three generations; of the lower blobs not everything is in use any more."""
+    where = serving.directory / "image"
+    parent = None
+    for number, tar in enumerate(layers):
+        image = made(tar, where, parent_bootstrap=parent)
+        parent = image.bootstrap.rename(where / f"layer{number}.boot")
+    result, blobs = where / "result.boot", where / "blobs"
+    backend = blob_directory(blobs)
+    if command == "optimize":
+        with open_bootstrap(parent) as bootstrap:
+            names = [path for path, inode in bootstrap.walk() if inode.is_regular][::3]
+        files = [FileRanges(name) for name in names]
+        optimize(parent, files, backend, OptimizeOptions(result, blobs))
+    else:
+        compact(parent, backend, CompactOptions(result, blobs))
+    with open_bootstrap(parent) as before, open_bootstrap(result) as after:
+        assert {b.id for b in before.blobs} != {b.id for b in after.blobs}
+    truth = serving.directory / "truth"
+    truth.mkdir()
+    judge(serving, Built(result, blobs), expected_layers(layers, truth))
 
 
 @pytest.mark.long

@@ -29,6 +29,9 @@ from cachefiles_node import (
 )
 from cachefiles_rig import mount_now
 
+from fscache.doctor import diagnose
+from fscache.doctor_facts import gather
+
 KILLS = 3
 PIECES = 16
 SIZE = 96 * CHUNK
@@ -427,6 +430,13 @@ def test_full_disk_is_an_error_that_heals(node, image):
     wait_until(lambda: shutil.disk_usage(node.cache).free > 12 << 20)
     assert read_tree(target) == image.snapshot
     node.unmount(target)
+
+
+def test_doctor_finds_it(tmp_path):
+    report = diagnose(gather(tmp_path))
+    assert (report.chosen.name, report.lazy) == ("cachefiles", True)
+    found = {row.name: row for row in report.rows}["cachefiles on demand"]
+    assert (found.verdict, found.remedy) == ("yes", "")
 
 
 # Mounted by the daemon

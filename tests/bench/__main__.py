@@ -21,6 +21,7 @@ from fscache.sharing import LazyUnsupported
 from tests.bench import report
 from tests.bench.builder import BuilderBench
 from tests.bench.builderinputs import image_command
+from tests.bench.channels import ChannelBench, guest_defect
 from tests.bench.containers import ContainerBench
 from tests.bench.daemon import DaemonBench, start_row
 from tests.bench.disk import DiskBench
@@ -93,6 +94,7 @@ class _Bench:
             self._run_daemon(tree)
         else:
             self._skip(f"everything that is read through the kernel: {verdict.detail}")
+        self._run_guest()
 
     def _build(self, tar: Path, directory: Path) -> tuple[Path, str]:
         """Build an image that carries its digests, which the real nydusd wants for verifying."""
@@ -143,6 +145,17 @@ class _Bench:
         else:
             bench = FuseBench(self._settings, big, tree, self._place("fuse"))
             self._tell(bench.rows())
+
+    def _run_guest(self) -> None:
+        defect = guest_defect()
+        if defect is not None:
+            self._skip(f"everything in a guest: {defect}")
+            return
+        tar, blobs = self._directory / "guest.tar", self._place("guest")
+        pack_big(tar, self._settings.guest_bytes)
+        bootstrap, _ = self._build(tar, blobs)
+        tar.unlink()
+        self._tell(ChannelBench(self._settings, bootstrap, blobs).rows())
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 OURS = "ours"
+COMPLETE = "complete files"
 
 
 @dataclass

@@ -62,6 +62,15 @@ class Settings:
     def big_bytes(self) -> int:
         return 24 << 20 if self.quick else 256 << 20
 
+    @property
+    def guest_rounds(self) -> int:
+        return 1 if self.quick else self.rounds
+
+    @property
+    def guest_bytes(self) -> int:
+        """Size of the large file in a guest, whose processor may be emulated."""
+        return 8 << 20 if self.quick else 32 << 20
+
 
 def _walk(top: Path) -> Iterator[Path]:
     for directory, names, files in os.walk(top):

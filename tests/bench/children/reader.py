@@ -33,7 +33,8 @@ def _read_part(path: str, start: int, end: int) -> None:
     os.close(fd)
 
 
-def _read_all(path: str, streams: int) -> float:
+def read_all(path: str, streams: int) -> float:
+    """Read a whole file by threads; return the seconds."""
     size = Path(path).stat().st_size
     share = -(-size // streams // _CHUNK) * _CHUNK
     parts = [(at, min(at + share, size)) for at in range(0, size, share)]
@@ -47,7 +48,7 @@ def _read_all(path: str, streams: int) -> float:
 
 
 def sequential(path: str, streams: str, passes: str, digest: str) -> list[float]:
-    seconds = [_read_all(path, int(streams)) for _ in range(int(passes))]
+    seconds = [read_all(path, int(streams)) for _ in range(int(passes))]
     if digest != "-":
         with open(path, "rb") as file:
             got = hashlib.file_digest(file, "sha256").hexdigest()
@@ -57,6 +58,7 @@ def sequential(path: str, streams: str, passes: str, digest: str) -> list[float]
 
 
 def scattered(path: str, seed: str, count: str) -> list[float]:
+    """Read a page of so many chunks, each alone; return the seconds of each."""
     rng = random.Random(int(seed))
     size = Path(path).stat().st_size
     chunks = rng.sample(range(size // _CHUNK), int(count))
@@ -70,6 +72,7 @@ def scattered(path: str, seed: str, count: str) -> list[float]:
         seconds.append(time.perf_counter() - start)
         if len(data) != _PAGE:
             raise SystemExit(f"{path}: {len(data)} bytes at {offset}")
+    os.close(fd)
     return seconds
 
 
@@ -97,4 +100,5 @@ def walk(path: str, passes: str) -> list[float]:
 
 
 KINDS = {"sequential": sequential, "random": scattered, "page": page, "walk": walk}
-print(json.dumps(KINDS[sys.argv[1]](*sys.argv[2:])))
+if __name__ == "__main__":
+    print(json.dumps(KINDS[sys.argv[1]](*sys.argv[2:])))

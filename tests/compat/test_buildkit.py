@@ -67,8 +67,10 @@ class Conversion:
         self._process = started(words, place)
         self._blob = b""
         self._threads = [
-            threading.Thread(target=(place / "blob.targz").write_bytes, args=[content]),
-            threading.Thread(target=self._take, args=[place / "blob.rafs"]),
+            threading.Thread(
+                target=(place / "blob.targz").write_bytes, args=[content], daemon=True
+            ),
+            threading.Thread(target=self._take, args=[place / "blob.rafs"], daemon=True),
         ]
         for thread in self._threads:
             thread.start()

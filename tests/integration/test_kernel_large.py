@@ -1,6 +1,7 @@
 """Large and deep trees, mounted by the kernel and compared entry by entry; most take minutes."""
 
 import io
+import subprocess
 import tarfile
 
 import pytest
@@ -64,7 +65,7 @@ LARGE = {
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", LARGE)
 @pytest.mark.parametrize("kind", [SourceType.TAR, SourceType.TARFS])
 def test_large_trees(serving, case, kind):
@@ -77,5 +78,7 @@ def test_large_trees(serving, case, kind):
     else:
         image = build_image(tar, serving.directory / "image")
     expected = expected_tar(tar, serving.directory / "expected")
+    # Python would take a minute for it.
+    subprocess.run(["rm", "-rf", serving.directory / "expected"], check=True)
     assert len(expected) > COUNT
     judge(serving, image, expected)

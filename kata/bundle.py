@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from builder import BuildError, ExportOptions, ExportResult, VerityOptions, export_block
 from builder.oci.layout import LayoutSource, is_layout
+from builder.oci.place import Source
 from builder.oci.records import Platform
 from builder.output import write_file
 from erofs.console import package_version
@@ -46,11 +47,14 @@ class BundleOptions:
     place: PurePosixPath | None = None
 
 
-def make_bundle(source: Path, output: Path, options: BundleOptions | None = None) -> BundledDisk:
+def make_bundle(
+    source: Path | Source, output: Path, options: BundleOptions | None = None
+) -> BundledDisk:
     """Make a bundle; it appears whole or not at all.
 
     Args:
-        source: an OCI layout, or a folder with bootstrap and blobs.
+        source: an OCI layout, a folder with bootstrap and blobs, or an image of a registry,
+            which stays the caller's.
         output: a path where nothing is yet.
         options: see there.
 
@@ -77,8 +81,12 @@ def make_bundle(source: Path, output: Path, options: BundleOptions | None = None
     return disk
 
 
-def _open(source: Path, options: BundleOptions, work: Path, stack: ExitStack) -> BundleSource:
+def _open(
+    source: Path | Source, options: BundleOptions, work: Path, stack: ExitStack
+) -> BundleSource:
     """Open what the bundle is made of; the stack closes it."""
+    if not isinstance(source, Path):
+        return open_image(source, options.platform, work)
     if is_layout(source):
         layout = LayoutSource(source, options.reference)
         stack.callback(layout.close)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
 from erofs.console import CommandParser, package_version
@@ -140,6 +142,7 @@ def _add_make(commands: argparse._SubParsersAction[CommandParser]) -> None:
 
 def _bundle(arguments: argparse.Namespace) -> None:
     # Imported here: it brings the whole builder along.
+    from builder.nydusify.places import Places
     from builder.oci.names import parse_platforms
     from kata.bundle import BundleOptions, make_bundle
 
@@ -147,7 +150,12 @@ def _bundle(arguments: argparse.Namespace) -> None:
     if len(platforms) != 1:
         raise OptionError("--platform", expected="one", got=len(platforms))
     options = BundleOptions(arguments.reference, platforms[0], arguments.place)
-    disk = make_bundle(arguments.source, arguments.output, options)
+    text = arguments.source
+    with ExitStack() as stack:
+        # What looks like a path is one, also when it is not there.
+        is_path = text.startswith(("/", ".")) or os.path.lexists(text)
+        source = Path(text) if is_path else Places(os.environ, stack).source(text, insecure=False)
+        disk = make_bundle(source, arguments.output, options)
     print(disk.verity.root_hash)
 
 
@@ -155,8 +163,9 @@ def _add_bundle(groups: argparse._SubParsersAction[CommandParser]) -> None:
     text = "make everything that a microVM platform needs of one image"
     parser = groups.add_parser("bundle", help=text, description=f"{text}; prints the root hash")
     parser.add_argument(
-        "source", type=Path, metavar="LAYOUT|DIR",
-        help="OCI layout with a Nydus or plain image, or folder with bootstrap and blobs",
+        "source", metavar="LAYOUT|DIR|IMAGE",
+        help="OCI layout with a Nydus or plain image, folder with bootstrap and blobs, or an image"
+        " of a registry",
     )  # fmt: skip
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT", help="folder to make"

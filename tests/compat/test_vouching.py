@@ -3,6 +3,7 @@
 import hashlib
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,15 @@ from builder.cli import main
 from builder.errors import BuildError
 from builder.oci.errors import ImageError
 from builder.oci.layout import LayoutSource, LayoutTarget
+from builder.oci.names import parse_reference
 from builder.oci.records import Index, Manifest, describe
+from builder.oci.registry import RegistrySettings, Repository
 from builder.referrer import ARTIFACT_TYPE, ROOT_HASH, add_verity_referrer
 from builder.roothash import RootHashSigner
 from erofs.errors import UnsupportedFeature
 from erofs.verity import HashTree, TreeFormat
 from tests.capabilities import need_tool
+from tests.fakes.oci_registry import OciRegistry
 
 ROOT = hashlib.sha256(b"root").digest()
 TREE = HashTree(TreeFormat(4096), 300, 300 * 4096, ROOT)
@@ -138,6 +142,23 @@ def test_a_referrer_carries_root_hash_and_signature(layout):
     # It is listed, and nobody takes it for the image.
     assert listed(layout)[-1] == referrer
     assert LayoutSource(layout).resolve() == subject
+
+
+@pytest.mark.parametrize("lists", [True, False], ids=["referrers-api", "tag"])
+def test_a_referrer_in_a_registry(lists):
+    with OciRegistry() as registry:
+        registry.has_referrers = lists
+        stored = registry.repository("team/app")
+        subject = replace(
+            describe(IMAGE, MANIFEST), digest=stored.add_manifest(IMAGE, MANIFEST, "v1")
+        )
+        reference = parse_reference(f"{registry.host}/team/app:v1")
+        place = Repository(reference, RegistrySettings(plain_http=True), push=True)
+        referrer = add_verity_referrer(place, subject, TREE, b"signature")
+        manifest = Manifest.parse(place.document(referrer), MANIFEST)
+        place.close()
+    assert manifest.subject == subject.plain()
+    assert [layer.media_type for layer in manifest.layers][-1] == "application/pkcs7-signature"
 
 
 def test_the_same_referrer_twice_is_one(layout):

@@ -3,9 +3,12 @@
 The kernel is the lab's `guest`, which has everything built in: there is no initramfs.
 """
 
+import lzma
 import os
+import re
 import select
 import shutil
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -19,10 +22,29 @@ from guestimage.rootfs import make_filesystem
 from kata.bundle import make_bundle
 from tests.capabilities import need_tool
 from vmlab.catalogue import KERNELS
+from vmlab.initramfs import Entry, busybox, load_order, pack
 from vmlab.qemu import base_command
 from vmlab.store import find
 
 KERNEL = "guest"
+DEBIANS = "6.12-generic"
+MODULES = ("crc32c_generic", "virtio_pci", "virtio_blk", "dm-verity", "erofs")
+# What a kernel with DM_INIT does by itself.
+INITRAMFS = """\
+#!/bin/busybox sh
+set -e
+b=/bin/busybox
+$b mount -t devtmpfs dev /dev
+$b mount -t sysfs sys /sys
+$b mount -t proc proc /proc
+for module in {modules}; do $b insmod /modules/$module; done
+export DM_DISABLE_UDEV=1
+{dmsetup} create --readonly root --table "{table}"
+$b mount -t erofs -o ro /dev/mapper/root /root
+$b umount /proc /sys
+$b mount --move /dev /root/dev
+exec $b switch_root /root /sbin/init
+"""
 READY = "guest image ready: "
 SECONDS = 180
 APPLETS = ("sh", "mount", "mkdir", "chmod", "cat")
@@ -48,10 +70,10 @@ def source(tmp_path_factory):
     return top
 
 
-def boot(kernel, line, disk, until):
+def boot(kernel, line, disk, until, *more):
     """Boot with a disk, and return what the console says up to a text, or until the end."""
     words = [
-        *base_command("tcg"), "-m", "256M", "-kernel", kernel.vmlinux, "-append",
+        *base_command("tcg"), "-m", "384M", "-kernel", kernel.vmlinux, *more, "-append",
         f"{ARGUMENTS}{line}", "-serial", "stdio",
         "-drive", f"file={disk},format=raw,if=none,id=d,read-only=on",
         "-device", "virtio-blk-pci,drive=d",
@@ -86,6 +108,60 @@ def test_v12_a_measured_root(kernel, source, tmp_path, table):
     assert "data block 0 is corrupted" in output
     assert READY not in output
     assert "Unable to mount root fs" in output
+
+
+def with_libraries(program):
+    """Return a program and what it is linked with, as entries of an initramfs."""
+    listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True)
+    files = {program, *re.findall(r"(/\S+) \(0x", listed.stdout)}
+    folders = {str(parent) for file in files for parent in Path(file).parents} - {"/"}
+    return [
+        *(Entry(name[1:], stat.S_IFDIR | 0o755) for name in sorted(folders)),
+        *(Entry(name[1:], stat.S_IFREG | 0o755, Path(name).read_bytes()) for name in sorted(files)),
+    ]
+
+
+def debians_initramfs(kernel, table):
+    files = load_order((kernel.modules / "modules.dep").read_text(), MODULES)
+    dmsetup = os.path.realpath(need_tool("dmsetup"))
+    script = INITRAMFS.format(
+        modules=" ".join(Path(file).name for file in files), dmsetup=dmsetup, table=table
+    )
+    program = stat.S_IFREG | 0o755
+    taken = with_libraries(dmsetup)
+    made = {entry.name for entry in taken}
+    places = {"bin", "dev", "modules", "proc", "root", "sys"} - made
+    return pack(
+        [
+            *(Entry(name, stat.S_IFDIR | 0o755) for name in sorted(places)),
+            *taken,
+            Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)),
+            Entry("bin/busybox", program, busybox()),
+            Entry("init", program, script.encode()),
+            *(
+                Entry(f"modules/{Path(file).name}", stat.S_IFREG | 0o644,
+                      module_bytes(kernel.modules / file))
+                for file in files
+            ),
+        ]
+    )  # fmt: skip
+
+
+def module_bytes(path):
+    data = path.read_bytes()
+    return lzma.decompress(data) if path.suffix == ".xz" else data
+
+
+def test_a_measured_root_under_debians_kernel(guests, source, tmp_path):
+    """It has no DM_INIT: an initramfs does the same with the same table."""
+    guests.need(DEBIANS)
+    stored = find(KERNELS[DEBIANS])
+    line = make_image(source, tmp_path)
+    (table,) = re.findall(r'dm-mod.create="dm-verity,,,ro,([^"]+)"', line)
+    (tmp_path / "initramfs").write_bytes(debians_initramfs(stored, table))
+    more = ("-initrd", tmp_path / "initramfs")
+    output = boot(stored, "", tmp_path / "guest.img", READY, *more)
+    assert f"{READY}a guest; root /dev/mapper/root erofs ro" in output, output[-3000:]
 
 
 def test_an_unmeasured_root(kernel, source, tmp_path):

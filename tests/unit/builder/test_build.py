@@ -269,7 +269,7 @@ def test_worker_that_fails(tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr(digest, "digest", fail)
+    monkeypatch.setattr(digest, "function", lambda algorithm: fail)
     (tmp_path / "layer.tar").write_bytes(make_tar(**CONTENT))
     out = tmp_path / "out"
     out.mkdir()

@@ -27,7 +27,7 @@ from vmlab.qemu import base_command
 from vmlab.store import find
 
 KERNEL = "guest"
-DEBIANS = "6.12-generic"
+OF_DEBIAN = "6.12-generic"
 MODULES = ("crc32c_generic", "virtio_pci", "virtio_blk", "dm-verity", "erofs")
 # What a kernel with DM_INIT does by itself.
 INITRAMFS = """\
@@ -154,8 +154,8 @@ def module_bytes(path):
 
 def test_a_measured_root_under_debians_kernel(guests, source, tmp_path):
     """It has no DM_INIT: an initramfs does the same with the same table."""
-    guests.need(DEBIANS)
-    stored = find(KERNELS[DEBIANS])
+    guests.need(OF_DEBIAN)
+    stored = find(KERNELS[OF_DEBIAN])
     line = make_image(source, tmp_path)
     (table,) = re.findall(r'dm-mod.create="dm-verity,,,ro,([^"]+)"', line)
     (tmp_path / "initramfs").write_bytes(debians_initramfs(stored, table))

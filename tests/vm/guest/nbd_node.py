@@ -1,4 +1,4 @@
-"""Our daemon and NBD devices under a kernel that has them."""
+"""Our daemon, its mounts and block devices under another kernel."""
 
 import contextlib
 import hashlib
@@ -8,14 +8,18 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from pathlib import Path
 
-from cachefiles_node import TIMEOUT, wait_until
+import pytest
+from cachefiles_node import TIMEOUT, Launcher, wait_until
 
 from tests.fakes.blob_server import BlobServer
+from tests.treecompare import differences, read_tree
 
 SYSFS = Path("/sys/block")
 CONNECTIONS = 4
+STUCK_SECONDS = 0.3
 
 
 def attached():
@@ -29,9 +33,10 @@ def digest(path):
 
 
 def read(path, offset, length):
-    """Read past the page cache of the kernel's device, which may have it."""
+    """Have the kernel ask for a piece, also one that it knows already."""
     fd = os.open(path, os.O_RDONLY)
     try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         return os.pread(fd, length, offset)
     finally:
@@ -44,6 +49,12 @@ def forget_pages():
 
 def is_mounted(path):
     return os.path.ismount(path)
+
+
+def same_tree(expected, mountpoint):
+    """Compare a mounted tree with a snapshot, entry by entry and byte by byte."""
+    lines = differences(expected, read_tree(mountpoint))
+    assert not lines, "\n".join(lines[:20])
 
 
 class Node:
@@ -145,7 +156,7 @@ class Node:
 
 
 class Readers:
-    """Threads that read pieces of files again and again, until `stop`; `wrong` has what is not."""
+    """Threads that read pieces of files again and again; `wrong` has what is not."""
 
     def __init__(self, jobs, count=3):
         self.jobs = jobs
@@ -170,10 +181,19 @@ class Readers:
                 self.done += 1
                 if self._stop.is_set():
                     return
-            forget_pages()
+
+    def are_stuck(self):
+        """Return whether nobody gets on."""
+        before = self.done
+        time.sleep(STUCK_SECONDS)
+        return self.done == before
+
+    def enough(self):
+        """Have each of them end with the piece that it reads."""
+        self._stop.set()
 
     def stop(self):
-        self._stop.set()
+        self.enough()
         for thread in self.threads:
             thread.join(TIMEOUT)
             assert not thread.is_alive(), "a reader still waits"
@@ -182,9 +202,16 @@ class Readers:
 
 
 @contextlib.contextmanager
-def service_manager(directory):
-    """A socket that takes what a service manager is told."""
-    path = directory / "notify"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+def launched(tmp_path_factory, *modules):
+    """A launcher of daemons with a service manager, so that holders start nobody."""
+    path = tmp_path_factory.mktemp("manager") / "notify"
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
+    ):
         manager.bind(str(path))
-        yield path
+        patch.setenv("NOTIFY_SOCKET", str(path))
+        patch.setenv("NYDUSD_RUN_DIR", str(tmp_path_factory.mktemp("run")))
+        launcher = Launcher(*modules)
+        yield launcher
+        launcher.close()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 from tests.bench.builderinputs import image_command
-from tests.bench.measure import child, fresh, run, take_turns
+from tests.bench.measure import Turns, Usage, child, fresh, run, take_turns
 from tests.bench.report import OURS, Row
 from tests.bench.source import Settings
 
@@ -24,20 +24,14 @@ class DiskBench:
         self._tar = tar
         self._directory = directory
         self._log = directory / "disk.log"
-        self._peaks: dict[str, int] = {}
 
     def _tree(self, block_size: int) -> float:
         with fresh(self._directory, "out") as out:
             command = child("hash_tree", self._tar, block_size, out / "disk")
             return float(run(command, self._log).output)
 
-    def _floor(self, block_size: int, copies: bool) -> float:
-        with fresh(self._directory, "out") as out:
-            target = out / "disk" if copies else "-"
-            command = child("floor_disk", self._tar, block_size, target)
-            usage = run(command, self._log)
-        # The disk's row is about whole programs.
-        return usage.seconds if copies else float(usage.output)
+    def _floor(self, block_size: int) -> float:
+        return float(run(child("floor_disk", self._tar, block_size, "-"), self._log).output)
 
     def _index(self) -> Path:
         """Make tarfs metadata; return its path, with the tar beside it under its id."""
@@ -51,15 +45,17 @@ class DiskBench:
         (self._directory / blob_id).symlink_to(self._tar)
         return bootstrap
 
-    def _export(self, command: list[str], bootstrap: Path, label: str) -> float:
+    def _export(self, command: list[str], bootstrap: Path) -> Usage:
         with fresh(self._directory, "out") as out:
-            usage = run(
+            return run(
                 [*command, "export", "--log-level", "warn", "--block", "--verity",
                  "-B", str(bootstrap), "-D", str(self._directory), "-O", str(out / "disk")],
                 self._log,
             )  # fmt: skip
-        self._peaks[label] = max(self._peaks.get(label, 0), usage.peak_bytes)
-        return usage.seconds
+
+    def _copy(self) -> Usage:
+        with fresh(self._directory, "out") as out:
+            return run(child("floor_disk", self._tar, _TARFS_BLOCK, out / "disk"), self._log)
 
     def rows(self) -> Iterator[Row]:
         """Measure a tree of each block size, and an export with one."""
@@ -67,24 +63,29 @@ class DiskBench:
         for block_size in _BLOCKS:
             variants = {
                 OURS: partial(self._tree, block_size),
-                "floor": partial(self._floor, block_size, False),
+                "floor": partial(self._floor, block_size),
             }
             seconds = take_turns(variants, rounds)
             note = f"{size >> 20} MiB, {size / min(seconds[OURS]) / (1 << 20):.0f} MiB/s at best"
             yield Row(f"hash tree, {block_size} bytes", seconds, note, {"bytes": size})
         bootstrap = self._index()
-        variants = {
-            OURS: partial(self._export, image_command(), bootstrap, OURS),
-            "floor": partial(self._floor, _TARFS_BLOCK, True),
+        programs: dict[str, Callable[[], Usage]] = {
+            OURS: partial(self._export, image_command(), bootstrap),
+            "floor": self._copy,
         }
+        bars = {}
         if self._settings.image_peer is not None:
             peer = image_command(self._settings.image_peer)
-            variants["peer"] = partial(self._export, peer, bootstrap, "peer")
-        seconds = take_turns(variants, rounds)
-        peaks = ", ".join(f"{name} {peak >> 20} MiB" for name, peak in self._peaks.items())
+            programs["peer"] = partial(self._export, peer, bootstrap)
+            bars["peer"] = 1.3
+        turns = Turns(rounds)
+        turns.take(programs)
         yield Row(
             "export --block --verity, tarfs",
-            seconds,
-            f"{size >> 20} MiB, peak memory: {peaks}",
-            {"bytes": size, **{f"peak_bytes_{name}": p for name, p in self._peaks.items()}},
+            turns.seconds,
+            f"{size >> 20} MiB",
+            {"bytes": size},
+            turns.cpu_seconds,
+            turns.peak_bytes,
+            bars,
         )

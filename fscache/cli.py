@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from erofs.console import LOG_LEVELS, CommandParser, ProgressLine, print_version
 from erofs.errors import NydusError
@@ -27,7 +27,7 @@ from fscache.cli_image import (
     filesystem_options,
     tell_ignored,
 )
-from fscache.cli_words import add_names, address, megabytes
+from fscache.cli_words import add_names, address, conflict, megabytes, missing
 from fscache.config import ConfigError
 from fscache.daemonlog import set_up_daemon_log
 from fscache.memory import bound_arenas
@@ -171,10 +171,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _add_erofs(parser: CommandParser) -> None:
-    parser.set_defaults(parser=parser, check=check_source, options=_erofs_options)
+    parser.set_defaults(parser=parser, check=_check_one, options=_erofs_options)
     parser.add_argument(
-        "-B", "--bootstrap", type=Path, required=True, metavar="<bootstrap>",
+        "-B", "--bootstrap", type=Path, metavar="<bootstrap>",
         help="File path of RAFS filesystem metadata",
+    )  # fmt: skip
+    parser.add_argument(
+        "--image", metavar="<reference>",
+        help="Image of a registry to mount, in place of bootstrap and configuration",
     )  # fmt: skip
     add_transport(parser)
     parser.add_argument(
@@ -206,6 +210,26 @@ def _add_fuse(parser: CommandParser) -> None:
     for name, reason in _WITHOUT_EFFECT.items():
         aliases = ("--thread-num",) if name == "--fuse-threads" else ()
         add_ignored(parser, name, reason, *aliases)
+
+
+def _check_one(arguments: argparse.Namespace) -> None:
+    check_source(arguments)
+    if arguments.image is None and arguments.bootstrap is None:
+        missing(arguments.parser, "--bootstrap <bootstrap> or --image <reference>")
+    for name in ("bootstrap", "config", "localfs_dir") if arguments.image is not None else ():
+        if getattr(arguments, name) is not None:
+            conflict(arguments.parser, "image", name.replace("_", "-"))
+
+
+def _mount_image(arguments: argparse.Namespace) -> NoReturn:
+    """Become the program that knows images; it starts this one again (docs/nydusify.md)."""
+    work = os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108 - where the cache may be large
+    words = ["mount", "--target", arguments.image, "--mount-path", str(arguments.mountpoint)]
+    words += ["--work-dir", work]
+    # Images are the builder's, on which the daemon does not stand.
+    program = [sys.executable, "-m", "builder.nydusify", *words]
+    sys.stdout.flush()
+    os.execv(program[0], program)  # noqa: S606 - our own program
 
 
 def _erofs_options(arguments: argparse.Namespace) -> NodeOptions:
@@ -376,6 +400,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "doctor":
             return _doctor(arguments)
+        if getattr(arguments, "image", None) is not None:
+            _mount_image(arguments)
         rotate_bytes = arguments.log_rotation_size << 20
         set_up_daemon_log(arguments.log_level, arguments.log_file, rotate_bytes)
         _set_open_files(arguments.rlimit_nofile)

@@ -17,6 +17,7 @@ from builder.convert.cache import CachePlace, LayerRecords, LocalRecords
 from builder.convert.driver import Conversion, ConversionResult
 from builder.convert.options import ConvertOptions, Dictionary
 from builder.convert.reverse import Reverse
+from builder.nydusify.batch import convert_list
 from builder.nydusify.convertwords import CONVERT
 from builder.nydusify.flags import UsageError, Values
 from builder.nydusify.places import Places, seconds
@@ -48,6 +49,8 @@ _DICTIONARY = "bootstrap"
 def run(values: Values, environment: Mapping[str, str]) -> int:
     """Convert one image; return the exit status."""
     check_words(values)
+    if values.text("source-file"):
+        return convert_list(values, environment)
     if not values.text("source"):
         raise UsageError('Required flag "source" not set', shows_help=True)
     if values.flag("reverse"):

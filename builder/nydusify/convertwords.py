@@ -81,6 +81,7 @@ _RUN = (
     Flag("proof", "Where the statement goes: 'referrer', 'none' or a file", "referrer"),
     Flag("source-file", "Convert every image of a list: SOURCE [TARGET] in each line"),
     Flag("jobs", "Images of a list that are converted at the same time", 2),
+    Flag("cluster", "Address of a Dask scheduler that carries out a list, or 'local'"),
     Flag("report", "File with the outcome of every image of the list, also to resume by"),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import tempfile
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,6 +41,7 @@ COMMAND = Command(
     ("view",),
 )
 _ENDING = (signal.SIGINT, signal.SIGTERM)
+_POLL_SECONDS = 0.5
 
 
 def run(values: Values, environment: Mapping[str, str]) -> int:
@@ -61,18 +63,17 @@ def run(values: Values, environment: Mapping[str, str]) -> int:
         extract_bootstrap(source.pieces(layer), layer, bootstrap)
         mountpoint = Path(values.text("mount-path"))
         mounted = Mounted(source, bootstrap, mountpoint, backend, values.flag("prefetch"))
-        # Signals are waited for from here on, so that none comes in between.
-        old = signal.pthread_sigmask(signal.SIG_BLOCK, {*_ENDING, signal.SIGCHLD})
-        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, old)
+        ending = threading.Event()
+        for number in _ENDING:
+            stack.callback(signal.signal, number, signal.signal(number, lambda *_: ending.set()))
         daemon = start_daemon(mounted, values.text("nydusd"), environment, work)
         stack.callback(stop_daemon, daemon)
         logger.info("Please send signal SIGINT/SIGTERM to umount the file system")
-        while daemon.poll() is None:
-            if signal.sigtimedwait({*_ENDING, signal.SIGCHLD}, 1.0) is None:
-                continue
-            if daemon.poll() is None:
-                logger.info("Received Signal: unmounting")
-            break
+        while daemon.poll() is None and not ending.wait(_POLL_SECONDS):
+            pass
+        if ending.is_set():
+            logger.info("Received Signal: unmounting")
+            return 0
         if daemon.poll() not in (None, 0):
             raise ImageError("daemon ended by itself", got=f"exit {daemon.returncode}")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from builder.oci.registry import Repository
 from fscache.backend.dockerauth import docker_credentials
 
 __all__ = ["Mounted", "mounted_image", "start_daemon", "stop_daemon"]
+
+logger = logging.getLogger(__name__)
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 30.0
@@ -140,13 +143,16 @@ def start_daemon(
 
 
 def stop_daemon(daemon: subprocess.Popen[bytes]) -> None:
-    """End a daemon, which unmounts; one that does not end is killed."""
+    """Have a daemon unmount and end.
+
+    The mount disappears at once; a daemon that still serves programs in it ends with the last
+    of them and is not waited for.
+    """
     daemon.terminate()
     try:
         daemon.wait(_STOP_SECONDS)
     except subprocess.TimeoutExpired:
-        daemon.kill()
-        daemon.wait()
+        logger.warning("mount is still used: its daemon %d ends with the last user", daemon.pid)
 
 
 @contextmanager

@@ -356,3 +356,58 @@ def test_data_in_a_folder(registry, run, tmp_path):
         "--target-backend-config", config,
     )  # fmt: skip
     assert done.status == 0, done.stderr
+
+
+def test_list_is_converted_and_resumed(registry, run, tmp_path):
+    app = registry.repository("app")
+    for number in range(4):
+        Image(run={"Cmd": [str(number)]}).add(app, f"t{number}")
+    rows = [f"{registry.host}/app:t{number} {registry.host}/out:t{number}" for number in range(4)]
+    rows += ["# a comment", "", f"{registry.host}/app:none {registry.host}/out:none", rows[0]]
+    (tmp_path / "list").write_text("\n".join(rows))
+    words = ("convert", "--source-file", "@list", "--report", "@report", "--no-proof")
+    registry.faults.append(Fault("PUT", "manifests/t2", 400, count=1))
+    done = run(*words, "--push-retry-delay", "1ms")
+    assert done.status == 1
+    assert "2 of 5 images failed" in done.last
+    found = [json.loads(row) for row in (tmp_path / "report").read_text().splitlines()]
+    assert sorted(one["status"] for one in found) == ["done"] * 3 + ["failed"] * 2
+    # As a crash would leave it.
+    with (tmp_path / "report").open("a") as file:
+        file.write('{"source": "half')
+    registry.log.clear()
+    app.tags["none"] = app.tags["t0"]
+    done = run(*words)
+    assert done.status == 0, done.stderr
+    assert registry.repository("out").tags.keys() == {"t0", "t1", "t2", "t3", "none"}
+    published = [one for one in registry.log if one.startswith("PUT /v2/out/manifests")]
+    assert len(published) == 2
+
+
+@pytest.mark.parametrize("text", ["a b c", "a"])
+def test_list_that_is_none(run, tmp_path, text):
+    (tmp_path / "list").write_text(text)
+    done = run("convert", "--source-file", "@list")
+    assert done.status == 1
+    assert "line 1 is not SOURCE TARGET" in done.last
+
+
+def test_list_over_a_cluster(registry, run, tmp_path):
+    """Dask's local cluster; the extra is not among what tests need."""
+    pytest.importorskip("distributed", reason="the extra `cluster` is not installed")
+    (tmp_path / "list").write_text(f"{registry.host}/app:v1 {registry.host}/out:n")
+    done = run("convert", "--source-file", "@list", "--cluster", "local", "--no-proof")
+    assert done.status == 0, done.stderr
+    assert "n" in registry.repository("out").tags
+
+
+def test_build(run, tmp_path):
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "file").write_bytes(b"content")
+    for command in ("build", "pack"):
+        done = run(command, "--source-dir", "@tree", "--output-dir", "@out", "--name", command)
+        assert done.status == 0, done.stderr
+        assert (tmp_path / "out" / f"{command}.meta").stat().st_size
+        assert (tmp_path / "out" / f"{command}.blob").stat().st_size
+        report = json.loads((tmp_path / "out" / "output.json").read_text())
+        assert report["fs_version"] == "6"

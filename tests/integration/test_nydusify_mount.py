@@ -1,0 +1,124 @@
+"""`nydusify mount` and `check --mount`, and `nydusd erofs --image`: from a name to a tree."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.oci_image import Image
+from tests.fakes.oci_registry import OciRegistry
+from tests.nydusify_images import nydusify
+
+WAIT_SECONDS = 60
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def _wait(condition, process):
+    end = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def layout(tmp_path):
+    """An image in a folder: nothing has to be served while it is read."""
+    target = f"oci:{tmp_path}/image:n"
+    with OciRegistry() as registry:
+        Image().add(registry.repository("app"), "v1")
+        words = ("convert", "--source", f"{registry.host}/app:v1", "--plain-http")
+        done = nydusify(*words, "--target", target, "--work-dir", tmp_path / "w")
+        assert done.status == 0, done.stderr
+        yield target, f"{registry.host}/app:v1"
+
+
+def _start(words, tmp_path):
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, words)],
+        cwd=REPOSITORY,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def _mounted(tmp_path, words):
+    """Run a program that mounts at `mnt`, read from it, and end it by a signal to it alone."""
+    mountpoint = tmp_path / "mnt"
+    process = _start(words, tmp_path)
+    try:
+        _wait(mountpoint.is_mount, process)
+        content = subprocess.run(
+            ["cat", mountpoint / "etc" / "conf"], check=True, capture_output=True, timeout=60
+        ).stdout
+        names = sorted(os.listdir(mountpoint))
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=WAIT_SECONDS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, errors.decode()
+    assert not mountpoint.is_mount()
+    return content, names
+
+
+@pytest.fixture
+def _can_mount(tmp_path):
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("/dev/fuse cannot be opened")
+
+
+@pytest.mark.usefixtures("_can_mount")
+def test_mount_until_a_signal(layout, tmp_path):
+    """The real tool leaves mount and daemon behind when the signal is for it alone."""
+    target, _ = layout
+    words = ("builder.nydusify", "mount", "--target", target, "--mount-path", tmp_path / "mnt",
+             "--work-dir", tmp_path / "mw")  # fmt: skip
+    content, names = _mounted(tmp_path, words)
+    assert content == b"two\n"
+    assert names == ["data", "dir", "etc", "null"]
+    assert list((tmp_path / "mw").iterdir()) == []
+
+
+@pytest.mark.usefixtures("_can_mount")
+def test_daemon_takes_an_image_by_its_name(layout, tmp_path):
+    target, _ = layout
+    words = ("fscache", "erofs", "--image", target, "--mountpoint", tmp_path / "mnt")
+    assert _mounted(tmp_path, words)[0] == b"two\n"
+
+
+def test_daemon_refuses_words_that_do_not_go_together(tmp_path):
+    for words in (("--image", "x", "--bootstrap", "y"), ()):
+        process = _start(("fscache", "erofs", "--mountpoint", tmp_path, *words), tmp_path)
+        process.communicate(timeout=WAIT_SECONDS)
+        assert process.returncode == 2
+
+
+@pytest.mark.usefixtures("_can_mount")
+def test_check_by_the_kernel(layout, tmp_path):
+    target, source = layout
+    words = ("check", "--source", source, "--target", target, "--plain-http")
+    done = nydusify(*words, "--mount", "--work-dir", tmp_path / "out")
+    assert done.status == 0, done.stderr
+    assert not (tmp_path / "out" / "target" / "mnt").is_mount()
+
+
+def test_image_that_is_not_nydus_cannot_be_mounted(tmp_path):
+    with OciRegistry() as registry:
+        Image().add(registry.repository("app"), "v1")
+        done = nydusify(
+            "mount", "--target", f"{registry.host}/app:v1", "--plain-http", "--mount-path",
+            tmp_path / "mnt", "--work-dir", tmp_path / "w",
+        )  # fmt: skip
+    assert done.status == 1
+    assert "is no Nydus image" in done.last

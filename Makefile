@@ -47,7 +47,7 @@ test-long: install ## kill series and large trees, many minutes
 
 .PHONY: test-real
 test-real: install ## containers by containerd and nydus-snapshotter, builds by BuildKit; needs root and Go
-	@.ci/packages containerd docker-registry fuse3 runc skopeo busybox-static
+	@.ci/packages containerd docker-registry fuse3 runc skopeo umoci busybox-static
 	@$(BIN)/python -m tests.real.peers
 	@$(PYTEST) tests/real $(PYTEST_ARGS)
 

@@ -72,7 +72,7 @@ format: install ## put the code into ruff's form
 	@$(BIN)/ruff format .
 
 .PHONY: bench
-bench: install ## measure against floors, and peers named by NYDUS_IMAGE_PEER, NYDUSD_PEER, NYDUS_OVERLAYFS_PEER
+bench: install ## measure against floors, and peers named by NYDUS_IMAGE_PEER, NYDUSD_PEER, NYDUS_OVERLAYFS_PEER, NYDUSIFY_PEER
 	@$(BIN)/python -m tests.bench
 
 .PHONY: fuzz

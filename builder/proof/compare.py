@@ -40,7 +40,7 @@ class Difference(NamedTuple):
         if self.source is None or self.target is None:
             return ""
         one, other = self.source.entry, self.target.entry
-        if one.mtime != other.mtime and one.mtime is not None:
+        if not _same_time(one, other):
             return f"\n\tmtime: {one.mtime} and {other.mtime}"
         if self.source.first != self.target.first:
             return f"\n\thard link: {self.source.first!r} and {self.target.first!r}"
@@ -53,8 +53,7 @@ def _equal(one: Named, other: Named) -> bool:
         first.mode == second.mode
         and first.uid == second.uid
         and first.gid == second.gid
-        # A directory that no layer describes has no time of its own.
-        and (first.mtime is None or first.mtime == second.mtime)
+        and _same_time(first, second)
         and first.rdev == second.rdev
         and first.size == second.size
         and first.target == second.target
@@ -62,6 +61,17 @@ def _equal(one: Named, other: Named) -> bool:
         and first.xattrs == second.xattrs
         and one.first == other.first
     )
+
+
+def _same_time(source: Entry, target: Entry) -> bool:
+    """Tell whether times are equal as far as an image keeps them: whole seconds of the header.
+
+    A directory that no layer describes has no time of its own. Python's tar writer, for one,
+    rounds the header's seconds and puts the exact time into a record.
+    """
+    if source.mtime is None or source.mtime == target.mtime:
+        return True
+    return source.has_fraction and target.mtime == source.mtime + 1
 
 
 def compare(source: Entry, target: Entry) -> Iterator[Difference]:

@@ -16,7 +16,9 @@ class Entry:
 
     Args:
         mode: the whole st_mode.
-        mtime: in seconds; None when nobody said it.
+        mtime: in whole seconds; None when nobody said it.
+        has_fraction: whether there was more than whole seconds, which a tar's header may have
+            rounded up.
         rdev: in Linux' encoding.
         size: of a regular file in bytes.
         digests: of the pieces of a regular file, each as long as a chunk of the image.
@@ -35,6 +37,7 @@ class Entry:
     digests: tuple[bytes, ...] = ()
     children: dict[bytes, Entry] | None = None
     layer: int = 0
+    has_fraction: bool = False
 
     @classmethod
     def directory(cls, layer: int = 0) -> Entry:

@@ -95,6 +95,7 @@ def _entry(member: tarfile.TarInfo) -> Entry:
     if permissions is not None:
         mode = mode & ~0o777 | permissions
     entry = Entry(mode, member.uid, member.gid, int(member.mtime // 1), xattrs=xattrs)
+    entry.has_fraction = member.mtime % 1 != 0
     if kind == stat.S_IFDIR:
         entry.children = {}
     elif kind == stat.S_IFLNK:
@@ -252,7 +253,7 @@ class _Tree:
     @staticmethod
     def _describe(root: Entry, entry: Entry) -> None:
         root.mode, root.uid, root.gid, root.mtime = entry.mode, entry.uid, entry.gid, entry.mtime
-        root.xattrs = entry.xattrs
+        root.xattrs, root.has_fraction = entry.xattrs, entry.has_fraction
 
     def white_out(self, parts: Sequence[bytes], layer: int) -> None:
         """Delete what lower layers have, as a deletion mark says."""

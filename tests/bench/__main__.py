@@ -1,9 +1,10 @@
 """`python -m tests.bench`, which is `make bench`.
 
 Environment: BENCH_QUICK=1 for little of everything, BENCH_ONLY=builder for nydus-image alone,
-BENCH_JSON=path for the results as JSON, BENCH_SOURCE=path.tar for another tree,
-NYDUS_IMAGE_PEER, NYDUSD_PEER and NYDUS_OVERLAYFS_PEER for the paths of real programs to put
-beside ours, TMPDIR for another place than /var/tmp.
+BENCH_ONLY=nydusify for nydusify alone, BENCH_JSON=path for the results as JSON,
+BENCH_SOURCE=path.tar for another tree, NYDUS_IMAGE_PEER, NYDUSD_PEER, NYDUS_OVERLAYFS_PEER and
+NYDUSIFY_PEER for the paths of real programs to put beside ours, TMPDIR for another place than
+/var/tmp.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tests.bench.daemon import DaemonBench, start_row
 from tests.bench.disk import DiskBench
 from tests.bench.fuse import FuseBench
 from tests.bench.measure import INTERRUPTS, BenchError, run
+from tests.bench.nydusify import NydusifyBench
 from tests.bench.overlay import OverlayBench
 from tests.bench.report import Row
 from tests.bench.rig import Image, Server
@@ -46,8 +48,11 @@ def _settings() -> Settings:
         image_peer=_path("NYDUS_IMAGE_PEER"),
         daemon_peer=_path("NYDUSD_PEER"),
         overlayfs_peer=_path("NYDUS_OVERLAYFS_PEER"),
+        nydusify_peer=_path("NYDUSIFY_PEER"),
     )
-    peers = (settings.image_peer, settings.daemon_peer, settings.overlayfs_peer)
+    peers = (
+        settings.image_peer, settings.daemon_peer, settings.overlayfs_peer, settings.nydusify_peer,
+    )  # fmt: skip
     for path in (settings.source, *peers):
         if path is not None and not path.is_file():
             raise BenchError(f"{path}: no such file")
@@ -83,18 +88,26 @@ class _Bench:
         if tree is None:
             tree = self._directory / "tree.tar"
             pack_tree(tree, settings)
+        if os.environ.get("BENCH_ONLY") == "nydusify":
+            self._run_nydusify(tree)
+            return
         builder = BuilderBench(settings, tree, self._place("builder"))
         self._tell(builder.rows(self._skip))
         self._tell(DiskBench(settings, tree, self._place("disk")).rows())
         if os.environ.get("BENCH_ONLY") == "builder":
             return
         self._tell(OverlayBench(settings, self._place("overlay")).rows(self._skip))
+        self._run_nydusify(tree)
         verdict = lazy_supported(probe(self._directory))
         if verdict.ok:
             self._run_daemon(tree)
         else:
             self._skip(f"everything that is read through the kernel: {verdict.detail}")
         self._run_guest()
+
+    def _run_nydusify(self, tree: Path) -> None:
+        bench = NydusifyBench(self._settings, tree, self._place("nydusify"))
+        self._tell(bench.rows(self._skip))
 
     def _build(self, tar: Path, directory: Path) -> tuple[Path, str]:
         """Build an image that carries its digests, which the real nydusd wants for verifying."""

@@ -30,6 +30,7 @@ class Settings:
     image_peer: Path | None
     daemon_peer: Path | None
     overlayfs_peer: Path | None = None
+    nydusify_peer: Path | None = None
 
     @property
     def rounds(self) -> int:

@@ -121,6 +121,14 @@ def test_directories_that_are_not_described_keep_their_attributes(registry, run,
     assert "path: /etc, " in done.last
 
 
+def test_times_with_fractions_are_equal_as_headers_have_them(registry, run):
+    """Python rounds the seconds of the header, which are those that images keep."""
+    tar = layer(*(member(f"f{part}", b"x", mtime=1_700_000_000 + part / 10) for part in range(10)))
+    Image([tar]).add(registry.repository("app"), "times")
+    done = run("convert", "--source", ":app:times", "--target", ":out:n")
+    assert done.status == 0, done.stderr
+
+
 def test_damaged_result_is_not_published(registry, run):
     registry.faults.append(Fault("GET", "/v2/out/blobs", "damage", count=1, skip=2))
     done = _convert(run)

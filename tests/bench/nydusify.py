@@ -1,0 +1,141 @@
+"""`nydusify` through a local registry, beside a floor and the real tool.
+
+The floor reads the layers, unpacks them, builds their data by the floor of `create`, and pushes
+what it made: what no converter can do without.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from tests.bench.measure import BenchError, child, module, run, started, take_turns
+from tests.bench.report import OURS, Row
+from tests.bench.source import Settings
+from tests.debian_image import make_debian_layout
+
+_CONFIG = """\
+version: 0.1
+log:
+  level: error
+storage:
+  filesystem:
+    rootdirectory: {root}
+http:
+  addr: 127.0.0.1:{port}
+"""
+_START_SECONDS = 60
+# Goals: times the real tool's time.
+_GOALS = {"convert": 0.9, "proof": 1.3, "zran": 1.2, "check": 0.5}
+
+
+class NydusifyBench:
+    """Converts one image of three layers again and again, each time to a new repository."""
+
+    def __init__(self, settings: Settings, tree: Path, directory: Path) -> None:
+        self._settings = settings
+        self._tree = tree
+        self._directory = directory
+        self._log = directory / "nydusify.log"
+        self._peaks: dict[str, int] = {}
+        self._number = 0
+        self._host = ""
+
+    def rows(self, skip: Callable[[str], None]) -> Iterator[Row]:
+        """Measure convert without and with proof, zran, and check."""
+        for name in ("docker-registry", "skopeo"):
+            if shutil.which(name) is None:
+                skip(f"nydusify: {name} is not installed")
+                return
+        layout = make_debian_layout(self._tree, self._directory / "layout")
+        with self._registry():
+            self._skopeo(layout)
+            yield self._row("convert, no proof", "convert", ["--no-proof"], floor=True)
+            yield self._row("convert with proof", "proof", [])
+            yield self._row("convert --oci-ref, no proof", "zran", ["--oci-ref", "--no-proof"])
+            yield self._check()
+
+    @contextmanager
+    def _registry(self) -> Iterator[None]:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        self._host = f"localhost:{port}"
+        config = self._directory / "registry.yml"
+        config.write_text(_CONFIG.format(root=self._directory / "registry", port=port))
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with started(["docker-registry", "serve", str(config)], **quiet):
+            end = time.monotonic() + _START_SECONDS
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", port), 1).close()
+                    break
+                except OSError as error:
+                    if time.monotonic() > end:
+                        raise BenchError("the registry does not start") from error
+                    time.sleep(0.05)
+            yield
+
+    def _skopeo(self, layout: Path) -> None:
+        run(
+            ["skopeo", "copy", "--all", "--dest-tls-verify=false", f"oci:{layout}:latest",
+             f"docker://{self._host}/source:v1"],
+            self._log,
+        )  # fmt: skip
+
+    def _command(self, peer: Path | None) -> list[str]:
+        return module("builder.nydusify") if peer is None else [str(peer)]
+
+    def _run(self, label: str, command: list[str]) -> float:
+        usage = run(command, self._log)
+        self._peaks[label] = max(self._peaks.get(label, 0), usage.peak_bytes)
+        return usage.seconds
+
+    def _convert(self, label: str, peer: Path | None, words: list[str]) -> float:
+        self._number += 1
+        target = f"{self._host}/target{self._number}:n"
+        if peer is not None:
+            words = [word for word in words if word != "--no-proof"]
+        return self._run(
+            label,
+            [*self._command(peer), "convert", "--source", f"{self._host}/source:v1", "--target",
+             target, "--plain-http", "--work-dir", str(self._directory / "work"), *words],
+        )  # fmt: skip
+
+    def _floor(self) -> float:
+        self._number += 1
+        work = self._directory / f"floor{self._number}"
+        work.mkdir()
+        return run(
+            child("nydusify_floor", self._host, f"floor{self._number}", work), self._log
+        ).seconds
+
+    def _row(self, name: str, goal: str, words: list[str], *, floor: bool = False) -> Row:
+        peer = self._settings.nydusify_peer
+        variants = {OURS: partial(self._convert, OURS, None, words)}
+        if floor:
+            variants["floor"] = self._floor
+        if peer is not None:
+            variants["peer"] = partial(self._convert, "peer", peer, words)
+        seconds = take_turns(variants, self._settings.rounds)
+        note = f"goal {_GOALS[goal]} times the peer; peak {self._peaks[OURS] >> 20} MiB"
+        facts = {f"{label}_peak_bytes": float(peak) for label, peak in self._peaks.items()}
+        return Row(f"nydusify {name}", seconds, note, facts)
+
+    def _check(self) -> Row:
+        self._convert(OURS, None, ["--no-proof"])
+        words = [
+            "check", "--source", f"{self._host}/source:v1", "--target",
+            f"{self._host}/target{self._number}:n", "--work-dir", str(self._directory / "check"),
+        ]  # fmt: skip
+        peer = self._settings.nydusify_peer
+        variants = {OURS: partial(self._run, OURS, [*self._command(None), *words])}
+        if peer is not None:
+            variants["peer"] = partial(self._run, "peer", [*self._command(peer), *words])
+        seconds = take_turns(variants, self._settings.rounds)
+        return Row("nydusify check", seconds, f"goal {_GOALS['check']} times the peer")

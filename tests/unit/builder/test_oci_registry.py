@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import ssl
 
 import pytest
 
@@ -18,8 +19,9 @@ from builder.oci.registry import RegistrySettings, Repository
 from builder.oci.upload import UploadLost
 from erofs.errors import IntegrityError, NydusError
 from fscache.backend.retry import RetryPolicy
+from fscache.backend.settings import MirrorConfig
 from tests.fakes.oci_registry import Fault, OciRegistry
-from tests.fakes.registry import PASSWORD, USER
+from tests.fakes.registry import PASSWORD, USER, at_once, make_certificate
 
 PATIENT = RetryPolicy(attempts=4, first_delay=0.01, deadline=60.0)
 CHUNK = 1 << 16
@@ -304,3 +306,62 @@ def test_upload_address_elsewhere_gets_no_token(registry, tmp_path):
         answer = place.request_at(f"{other.address}/v2/repo/blobs/uploads/s", "GET", {})
         answer.close()
         assert other.authorizations == [None]
+
+
+@pytest.fixture
+def tls_registry(tmp_path):
+    certificate = make_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with OciRegistry(tls=context) as server:
+        yield server, certificate
+
+
+def _digest_of(place):
+    data = _blob(1000)
+    return place, _push(place, data), data
+
+
+def test_certificates_are_checked(tls_registry, monkeypatch, caplog):
+    registry, certificate = tls_registry
+    with pytest.raises(ImageError, match=r"certificate of .* is not valid"):
+        _open(registry, plain_http=False).resolve()
+    place, found, data = _digest_of(_open(registry, push=True, plain_http=False, insecure=True))
+    assert _pull(place, found) == data
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    place, found, data = _digest_of(_open(registry, push=True, plain_http=False))
+    assert _pull(place, found) == data
+
+
+def test_registry_of_this_machine_without_tls_is_found_out_once(registry):
+    place = _open(registry, push=True, plain_http=False)
+    results = at_once(8, lambda number: _push(place, b"%d" % number * 100))
+    assert all(isinstance(one, Descriptor) for one in results), results
+    assert place.scheme == "http"
+
+
+def test_mirror_is_asked_first(registry):
+    data = _blob(1000)
+    digest = registry.repository("repo").add_blob(data)
+    descriptor = Descriptor(media.OCI_LAYER, digest, len(data))
+    with OciRegistry() as mirror:
+        mirror.repository("repo").add_blob(data)
+        mirrors = (MirrorConfig(host=mirror.address),)
+        assert _pull(_open(registry, mirrors=mirrors), descriptor) == data
+        assert not [line for line in registry.log if line.startswith("GET")]
+        mirror.repository("repo").blobs.clear()
+        assert _pull(_open(registry, mirrors=mirrors), descriptor) == data
+        assert [line for line in registry.log if line.startswith("GET")]
+
+
+def test_proxy_of_the_environment(registry, monkeypatch):
+    """What a proxy gets is an address in full."""
+    monkeypatch.setenv("HTTP_PROXY", registry.address)
+    monkeypatch.setenv("NO_PROXY", "")
+    data = _blob(1000)
+    registry.repository("repo").add_blob(data)
+    reference = parse_reference("registry.example:5000/repo:tag")
+    place = Repository(reference, _settings())
+    with pytest.raises(ImageError):
+        place.resolve()
+    assert any(path.startswith("http://registry.example:5000/v2/") for path in registry.paths)

@@ -45,16 +45,6 @@ class Prover(Protocol):
         """Store what was found."""
 
 
-class Hook(Protocol):
-    """Is told before and after the manifest is published."""
-
-    def before(self, images: Sequence[ConvertedImage]) -> None:
-        """Look at what will be published; raise to prevent it."""
-
-    def after(self, images: Sequence[ConvertedImage]) -> None:
-        """Look at what was published."""
-
-
 @dataclass(slots=True)
 class ConversionResult:
     """What was made; sizes in bytes, times in seconds."""
@@ -107,7 +97,6 @@ class Conversion:
         blobs: where data blobs go when that is not the target.
         cache: layers that were converted before.
         prover: compares before anything gets the target's name.
-        hook: is told of the manifests.
         before_push: called when all images are made and proved, before the first is published.
     """
 
@@ -117,7 +106,6 @@ class Conversion:
     blobs: BlobStore | None = None
     cache: LayerCache | None = None
     prover: Prover | None = None
-    hook: Hook | None = None
     before_push: Callable[[], None] | None = None
     _proofs: dict[str, Any] = field(default_factory=dict)
 
@@ -187,17 +175,11 @@ class Conversion:
         return index, images
 
     def _publish(self, top: Index | None, made: list[ConvertedImage]) -> Descriptor:
-        if self.hook is not None:
-            self.hook.before(made)
         if self.options.merge_platform:
-            descriptor = self._publish_merged(made)
-        elif len(made) == 1:
-            descriptor = self._name(made[0].data, made[0].manifest.media_type, made)
-        else:
-            descriptor = self._publish_index(top, made)
-        if self.hook is not None:
-            self.hook.after(made)
-        return descriptor
+            return self._publish_merged(made)
+        if len(made) == 1:
+            return self._name(made[0].data, made[0].manifest.media_type, made)
+        return self._publish_index(top, made)
 
     def _attach(self, one: ConvertedImage, descriptor: Descriptor) -> None:
         proof = self._proofs.get(one.source.descriptor.digest)

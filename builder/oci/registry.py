@@ -44,7 +44,7 @@ _ACCEPT = ", ".join((*media.MANIFEST_TYPES, *media.INDEX_TYPES, "*/*"))
 # One request with its body; a whole layer may be one body.
 _REQUEST_SECONDS = 3600.0
 _ANSWER_SECONDS = 60.0
-_OK, _CREATED, _ACCEPTED, _NO_CONTENT, _PARTIAL = 200, 201, 202, 204, 206
+_OK, _CREATED, _ACCEPTED = 200, 201, 202
 
 
 @dataclass(frozen=True, slots=True)

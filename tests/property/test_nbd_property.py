@@ -1,7 +1,9 @@
 """NBD: what a client sends is understood however it is cut; any bytes are answered or refused."""
 
+import re
 import struct
 
+import pytest
 from fakes.nbd_client import go, option, request
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from nbd_target import EXPORTS, feed
 
 from fscache.nbd.disk import Disk, Segment
 from fscache.nbd.handshake import Handshake, Phase
-from fscache.nbd.protocol import MAX_PAYLOAD, Request, RequestParser
+from fscache.nbd.protocol import MAX_PAYLOAD, ProtocolError, Request, RequestParser
 
 u16, u32, u64 = (st.integers(0, (1 << bits) - 1) for bits in (16, 32, 64))
 
@@ -48,8 +50,14 @@ def pieces(data, sizes):
 def test_handshakes_mean_the_same_in_pieces(sent, sizes, zeros):
     data = struct.pack(">I", 1 if zeros else 3) + b"".join(sent)
     whole, cut = Handshake(EXPORTS), Handshake(EXPORTS)
-    answers = b"".join(cut.receive(piece) for piece in pieces(data, sizes))
-    assert answers == whole.receive(data)
+    try:
+        expected = whole.receive(data)
+    except ProtocolError as error:
+        # The oldest way of choosing an export has no answer for one that is not there.
+        with pytest.raises(ProtocolError, match=f"^{re.escape(str(error))}$"):
+            b"".join(cut.receive(piece) for piece in pieces(data, sizes))
+        return
+    assert b"".join(cut.receive(piece) for piece in pieces(data, sizes)) == expected
     assert (cut.phase, cut.structured, cut.rest) == (whole.phase, whole.structured, whole.rest)
     assert (whole.export is not None) == (whole.phase is Phase.TRANSMISSION)
 

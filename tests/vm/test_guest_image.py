@@ -183,6 +183,7 @@ def test_v12_the_disk_of_a_bundle(kernel, source, tmp_path):
         (work / "root" / name).mkdir()
     init = Path(make_filesystem.__code__.co_filename).with_name("init")
     shutil.copy(init, work / "root/sbin/init")
+    (work / "root/sbin/init").chmod(0o755)
     build(work / "root", BuildOptions(bootstrap=folder / "image.boot", blob_dir=blobs))
     make_bundle(folder, tmp_path / "out")
     line = (tmp_path / "out/kernel.cmdline").read_text().strip()

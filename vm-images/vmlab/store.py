@@ -183,7 +183,8 @@ def _build(kernel: Kernel, root: Path, entry: Path, say: Say) -> str:
     built.vmlinux.rename(entry / "vmlinux")
     built.config.rename(entry / "config")
     (entry / "modules").mkdir()
-    (entry / "modules/modules.dep").touch()
+    for name in ("modules.dep", "modules.devname"):
+        (entry / "modules" / name).touch()
     return built.release
 
 

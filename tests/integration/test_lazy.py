@@ -161,7 +161,7 @@ def test_one_page_of_a_big_file_is_one_chunk(serving, server, image, source, how
 
 
 def test_sequential_reading_fetches_exactly_the_file(serving, server, image, source):
-    mountpoint = serving.start(image, config(server)).mountpoint
+    mountpoint = serving.start(image, config(server), amplify=0).mountpoint
     assert serving.read(mountpoint / "medium") == (source / "medium").read_bytes()
     chunks = stored_chunks(image, b"/medium")
     assert len(chunks) == 6
@@ -170,12 +170,12 @@ def test_sequential_reading_fetches_exactly_the_file(serving, server, image, sou
 
 
 def test_second_mount_with_the_same_cache_fetches_nothing(serving, server, image, source):
-    daemon = serving.start(image, config(server))
+    daemon = serving.start(image, config(server), amplify=0)
     serving.read(daemon.mountpoint / "medium")
     daemon.stop()
     asked = list(server.ranges)
     assert asked
-    mountpoint = serving.start(image, config(server)).mountpoint
+    mountpoint = serving.start(image, config(server), amplify=0).mountpoint
     assert serving.read(mountpoint / "medium") == (source / "medium").read_bytes()
     assert server.ranges == asked
     # What the first did not read is fetched now, and only that.

@@ -87,7 +87,8 @@ OK = ("erofs", "-B", "boot", "-M", "mnt", "-C", "config.json")
     [
         ((), "a command is required"),
         (("bogus",), "invalid choice: 'bogus'"),
-        (("erofs",), "required: -M/--mountpoint, -B/--bootstrap"),
+        (("erofs",), "required: -M/--mountpoint"),
+        (("erofs", "-M", "mnt"), "--bootstrap <bootstrap> or --image <reference>"),
         (("-B", "boot"), "required: -M/--mountpoint"),
         (("erofs", "-B", "boot", "-M", "mnt"), "--config <config> or --localfs-dir"),
         (("fuse", "-B", "boot", "-M", "mnt"), "--config <config> or --localfs-dir"),

@@ -70,7 +70,8 @@ def test_removal_leaves_nothing(rig, image):
         assert len(rig.nydusds()) == 1
         rig.snapshotter.end()
     rig.wait_until_clean()
-    assert not list(rig.box.top.glob("run/nydusd/*"))
+    # What `auto` has found stays there until the next boot.
+    assert not [path for path in rig.box.top.glob("run/nydusd/*") if path.is_dir()]
 
 
 def test_the_snapshotter_takes_our_counters(rig, image):

@@ -508,6 +508,8 @@ def served_by(directory):
 
 @pytest.mark.kernel("6.12", "6.1")
 def test_kernel_without_it_is_told_what_there_is_instead(tmp_path):
+    # Another test loads the module, which has no on-demand mode here.
+    subprocess.run(["modprobe", "-r", "cachefiles"], check=True)
     words = ["singleton", "--fscache", tmp_path]
     environment = {"PATH": "/usr/bin", "NYDUSD_RUN_DIR": str(tmp_path / "run")}
     done = subprocess.run(

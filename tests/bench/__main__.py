@@ -1,10 +1,10 @@
 """`python -m tests.bench`, which is `make bench`.
 
-Environment: BENCH_QUICK=1 for little of everything, BENCH_ONLY=builder for nydus-image alone,
-BENCH_ONLY=nydusify for nydusify alone, BENCH_JSON=path for the results as JSON,
-BENCH_SOURCE=path.tar for another tree, NYDUS_IMAGE_PEER, NYDUSD_PEER, NYDUS_OVERLAYFS_PEER and
-NYDUSIFY_PEER for the paths of real programs to put beside ours, TMPDIR for another place than
-/var/tmp.
+Environment: BENCH_QUICK=1 for little of everything; BENCH_ONLY=builder for nydus-image alone,
+BENCH_ONLY=nydusify for nydusify, BENCH_ONLY=nydusd for what is read, here and in a guest;
+BENCH_JSON=path for the results as JSON, BENCH_SOURCE=path.tar for another tree,
+NYDUS_IMAGE_PEER, NYDUSD_PEER, NYDUS_OVERLAYFS_PEER and NYDUSIFY_PEER for the paths of real
+programs to put beside ours, TMPDIR for another place than /var/tmp.
 """
 
 from __future__ import annotations
@@ -88,16 +88,23 @@ class _Bench:
         if tree is None:
             tree = self._directory / "tree.tar"
             pack_tree(tree, settings)
-        if os.environ.get("BENCH_ONLY") == "nydusify":
+        only = os.environ.get("BENCH_ONLY")
+        if only == "nydusify":
             self._run_nydusify(tree)
+            return
+        if only == "nydusd":
+            self._run_reading(tree)
             return
         builder = BuilderBench(settings, tree, self._place("builder"))
         self._tell(builder.rows(self._skip))
         self._tell(DiskBench(settings, tree, self._place("disk")).rows())
-        if os.environ.get("BENCH_ONLY") == "builder":
+        if only == "builder":
             return
         self._tell(OverlayBench(settings, self._place("overlay")).rows(self._skip))
         self._run_nydusify(tree)
+        self._run_reading(tree)
+
+    def _run_reading(self, tree: Path) -> None:
         verdict = lazy_supported(probe(self._directory))
         if verdict.ok:
             self._run_daemon(tree)

@@ -1,7 +1,8 @@
 """Where a daemon's log goes, and the stacks of all its threads when they are asked for.
 
-The stacks are written by the C handler of `faulthandler`, which needs neither the
-interpreter's lock nor a thread that still runs: a daemon that hangs can say where.
+On demand the stacks are written with the interpreter's lock held: other threads' frames that
+change meanwhile have crashed a daemon. When a fatal signal ends it anyway, the C handler of
+`faulthandler` writes them without that lock, so that a daemon that hangs can say where.
 """
 
 from __future__ import annotations
@@ -36,5 +37,8 @@ def set_up_daemon_log(level: str, path: Path | None, rotate_bytes: int) -> None:
         log_to(file, level)
         dump_fd = file.dump_fd
         signal.signal(signal.SIGHUP, lambda number, frame: file.want_reopen())
-    faulthandler.register(signal.SIGUSR1, file=dump_fd, all_threads=True)
+    signal.signal(
+        signal.SIGUSR1,
+        lambda number, frame: faulthandler.dump_traceback(file=dump_fd, all_threads=True),
+    )
     faulthandler.enable(file=dump_fd, all_threads=True)

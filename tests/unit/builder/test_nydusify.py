@@ -245,7 +245,7 @@ def test_secrets_are_nowhere(registry, run, tmp_path, monkeypatch):
     outcomes = [_convert(run, *words[:4]), run("copy", "--source", ":out:n", "--target", ":cp:n")]
     registry.faults.append(Fault("PUT", "uploads", 403, count=99))
     outcomes.append(_convert(run, "--compressor", "none", target=":bad:n"))
-    assert [one.status for one in outcomes] == [0, 0, 1]
+    assert [one.status for one in outcomes] == [0, 0, 1], [one.stderr for one in outcomes]
     registry.password = "changed"
     registry.revoke_tokens()
     outcomes.append(_convert(run))

@@ -36,10 +36,11 @@ demo: install ## build a real root filesystem, mount it lazily, run programs fro
 test: install ## all tests that need no other machine; kernel tests when root
 	@.ci/packages erofs-utils attr acl libcap2-bin e2fsprogs tar \
 		fuse3 cryptsetup-bin fdisk openssl qemu-utils qemu-system-common busybox-static
-	@# What needs no kernel runs on all cores; status 5 is that PYTEST_ARGS choose nothing of a part.
+	@# Status 5 is that PYTEST_ARGS choose nothing of a part.
 	@$(PYTEST) -n auto --dist worksteal --ignore=tests/real --ignore=tests/vm \
 		--ignore=tests/integration $(PYTEST_ARGS) || [ $$? = 5 ]
-	@$(PYTEST) tests/integration $(PYTEST_ARGS) || [ $$? = 5 ]
+	@# Two at a time, not one a core: mounts and kills have time limits.
+	@$(PYTEST) -n 2 --dist loadfile tests/integration $(PYTEST_ARGS) || [ $$? = 5 ]
 
 .PHONY: test-long
 test-long: install ## kill series and large trees, many minutes

@@ -77,6 +77,33 @@ def nydusify(
     return Outcome(status, out.getvalue(), err.getvalue())
 
 
+def recorded_images() -> dict[str, Path]:
+    """Return the references that the real tool wrote, and the folders that hold the images."""
+    found = {}
+    for folder in sorted(CASES.glob("convert-*")):
+        words = Case(folder.name).words
+        if "--target" in words and (folder / "dump.json").exists():
+            documents = [*folder.glob("manifest.json"), *folder.glob("index.json")]
+            if documents:
+                found[words[words.index("--target") + 1].partition("/")[2]] = folder
+    return found
+
+
+def store(registry: OciRegistry, reference: str, folder: Path) -> None:
+    """Put a recorded image under its name into a registry that has what `fill` brings."""
+    name, _, tag = reference.partition(":")
+    repository = registry.repository(name)
+    repository.blobs.update(registry.repository("tiny").blobs)
+    for path in folder.glob("*config.json"):
+        repository.add_blob(path.read_bytes())
+    for path in folder.glob("*manifest.json"):
+        data = path.read_bytes()
+        top = path.name == "manifest.json"
+        repository.add_manifest(data, json.loads(data)["mediaType"], tag if top else "")
+    for path in folder.glob("index.json"):
+        repository.add_manifest(path.read_bytes(), OCI_INDEX, tag)
+
+
 @dataclass
 class Case:
     """A recorded run of the real tool."""

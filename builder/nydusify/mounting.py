@@ -21,7 +21,7 @@ from builder.oci.place import Source
 from builder.oci.registry import Repository
 from fscache.backend.dockerauth import docker_credentials
 
-__all__ = ["Mounted", "mounted_image", "start_daemon", "stop_daemon"]
+__all__ = ["Mounted", "daemon_config", "mounted_image", "start_daemon", "stop_daemon"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,8 @@ def _backend(image: Mounted) -> Mapping[str, object]:
     }
 
 
-def _config(image: Mounted, cache: Path) -> dict[str, object]:
+def daemon_config(image: Mounted, cache: Path) -> dict[str, object]:
+    """Return the configuration that a daemon is started with."""
     return {
         "device": {
             "backend": _backend(image),
@@ -121,7 +122,7 @@ def start_daemon(
     cache.mkdir(parents=True, exist_ok=True)
     image.mountpoint.mkdir(parents=True, exist_ok=True)
     config = work / "config.json"
-    config.write_text(json.dumps(_config(image, cache)))
+    config.write_text(json.dumps(daemon_config(image, cache)))
     daemon = subprocess.Popen(
         _words(image, program, config, work / "api.sock"),
         env=_environment(image, environment),

@@ -180,24 +180,3 @@ def test_chunk_tables_of_lz4_are_plain(registry, tmp_path):
 def _members(layer):
     with tarfile.open(fileobj=io.BytesIO(layer), mode="r:gz") as tar:
         return {one.name: (tar.extractfile(one).read() if one.isreg() else None) for one in tar}
-
-
-def test_every_case_is_looked_at():
-    looked = {*SINGLE, *SEVERAL, *ELSEWHERE}
-    cases = {path.name for path in CASES.iterdir() if path.name.startswith("convert-")}
-    assert cases - looked == set()
-
-
-# Cases with a test of their own, or with another outcome (docs/nydusify.md says which).
-ELSEWHERE = {
-    "convert-auth-ok", "convert-backend-bad-type", "convert-backend-localfs",
-    "convert-backend-oss-unreachable", "convert-lz4",
-    "convert-build-cache-1", "convert-build-cache-2",
-    "convert-build-cache-3", "convert-build-cache-same-repo-1", "convert-build-cache-same-repo-2",
-    "convert-build-cache-same-repo-3-index", "convert-build-cache-same-repo-4-lz4",
-    "convert-build-cache-tag", "convert-build-cache-version", "convert-chunk-dict-bad",
-    "convert-chunk-dict-local", "convert-oci-ref-zstd",
-    "convert-reverse", "convert-reverse-merge", "convert-source-archive",
-    "convert-source-archive-2", "convert-target-archive", "convert-tls-insecure",
-    "convert-tls-not-insecure", "convert-v5", "convert-v5-align",
-}  # fmt: skip

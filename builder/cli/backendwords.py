@@ -25,7 +25,7 @@ def add_backend_type(parser: CommandParser) -> None:
     parser.add_argument(
         "--backend-type", metavar="<backend-type>", choices=BACKEND_TYPES,
         help=f"Type of backend [possible values: {', '.join(BACKEND_TYPES)}]"
-        " (registry and http-proxy are supported so far)",
+        " (localdisk is not there yet)",
     )  # fmt: skip
     parser.add_argument(
         "--backend-config", metavar="<backend-config>", help="Config string of backend"

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
+from builder.bootstrap import blob_ids, open_any_bootstrap
+from builder.convert.bootlayer import extract_bootstrap
 from builder.convert.layer import copy_blob
 from builder.oci import media
+from builder.oci.config import ImageConfig
 from builder.oci.errors import ImageError
 from builder.oci.names import host_platform, matches, parse_platforms
 from builder.oci.place import Source, Target
 from builder.oci.records import Descriptor, Index, Manifest, check_digest, describe
+from builder.oci.transfer import resumed_pieces
+from fscache.backend import Backend
 
 __all__ = ["copy_image"]
 
@@ -22,9 +29,10 @@ _BLOBS_AT_ONCE = 3
 
 
 class _Copier:
-    def __init__(self, source: Source, target: Target) -> None:
+    def __init__(self, source: Source, target: Target, blobs: Backend | None) -> None:
         self._source = source
         self._target = target
+        self._blobs = blobs
 
     def image(self, descriptor: Descriptor, *, named: bool) -> Descriptor:
         """Copy one manifest and all that it refers to."""
@@ -33,6 +41,14 @@ class _Copier:
         blobs = {one.digest: one for one in (manifest.config, *manifest.layers, *_refs(manifest))}
         with ThreadPoolExecutor(_BLOBS_AT_ONCE, "copy") as pool:
             list(pool.map(self._blob, blobs.values()))
+        if self._blobs is not None and manifest.bootstrap is not None:
+            data = self._with_blobs(self._blobs, manifest, manifest.bootstrap)
+            descriptor = replace(
+                describe(data, descriptor.media_type),
+                platform=descriptor.platform,
+                annotations=descriptor.annotations,
+                artifact_type=descriptor.artifact_type,
+            )
         logger.info("pushing target manifest %s", descriptor.digest)
         self._target.publish(data, descriptor.plain(), named=named)
         logger.info("pushed target manifest %s", descriptor.digest)
@@ -44,6 +60,31 @@ class _Copier:
             size = self._source.open(descriptor.hex).size()
             descriptor = replace(descriptor, size=size)
         copy_blob(self._source, self._target, descriptor)
+
+    def _with_blobs(self, blobs: Backend, old: Manifest, layer: Descriptor) -> bytes:
+        """Bring the blobs that a bootstrap names, and return a manifest that has them as layers."""
+        with tempfile.TemporaryDirectory(prefix="nydusify-copy-") as work:
+            path = Path(work, "image.boot")
+            extract_bootstrap(self._source.pieces(layer), layer, path)
+            with open_any_bootstrap(path) as opened:
+                names = list(dict.fromkeys(blob_ids(opened, path)))
+        known = {one.hex for one in old.layers}
+        layers = [
+            Descriptor(media.NYDUS_BLOB, f"sha256:{name}", blobs.open(name).size()).annotated(
+                BLOB="true"
+            )
+            for name in names
+            if name not in known
+        ]
+        for one in layers:
+            logger.info("pushing blob from backend digest=%s", one.digest)
+            self._target.put(one, resumed_pieces(blobs.open(one.hex), one))
+        config = ImageConfig.parse(self._source.document(old.config))
+        diff_ids = [*(one.digest for one in layers), *config.diff_ids]
+        packed = config.with_layers(diff_ids, config.history).pack()
+        stored = describe(packed, old.config.media_type)
+        self._target.put(stored, [packed])
+        return replace(old, config=stored, layers=(*layers, *old.layers)).pack()
 
 
 def _refs(manifest: Manifest) -> list[Descriptor]:
@@ -64,19 +105,24 @@ def _chosen(index: Index, platforms: str, all_platforms: bool) -> Sequence[Descr
 
 
 def copy_image(
-    source: Source, target: Target, platforms: str = "", all_platforms: bool = False
+    source: Source,
+    target: Target,
+    platforms: str = "",
+    all_platforms: bool = False,
+    blobs: Backend | None = None,
 ) -> Descriptor:
     """Copy an image, or the images of an index for the wanted platforms.
 
     What is copied whole keeps its digest; of a part of an index a new one is made. The original
-    layers that a zran image refers to are copied, too.
+    layers that a zran image refers to are copied, too. With `blobs`, a storage backend, the data of
+    Nydus images is brought from there and becomes layers.
 
     Raises:
         ImageError: the index lacks a platform.
         NydusError: something cannot be read or stored.
     """
     top = source.resolve()
-    copier = _Copier(source, target)
+    copier = _Copier(source, target, blobs)
     if not media.is_index(top.media_type):
         return copier.image(top, named=True)
     data = source.document(top)
@@ -84,10 +130,9 @@ def copy_image(
     chosen = _chosen(index, platforms, all_platforms)
     if len(chosen) == 1:
         return copier.image(chosen[0], named=True)
-    for one in chosen:
-        copier.image(one, named=False)
-    if len(chosen) != len(index.manifests):
-        data = replace(index, manifests=tuple(chosen)).pack()
+    copied = tuple(copier.image(one, named=False) for one in chosen)
+    if copied != index.manifests:
+        data = replace(index, manifests=copied).pack()
     descriptor = describe(data, top.media_type)
     target.publish(data, descriptor)
     return descriptor

@@ -13,9 +13,11 @@ from builder.dictgenerate import DictionaryOptions, generate_dictionary
 from builder.oci import media
 from builder.oci.config import ImageConfig
 from builder.oci.errors import ImageError
-from builder.oci.place import Source, Target
+from builder.oci.place import BlobStore, Source, Target
 from builder.oci.records import Descriptor, Manifest, describe
+from builder.oci.transfer import resumed_pieces
 from builder.optimize import OptimizeOptions, optimize, parse_files
+from fscache.backend import Backend
 
 __all__ = ["make_dictionary", "optimize_image"]
 
@@ -37,7 +39,12 @@ def _publish(target: Target, manifest: Manifest) -> Descriptor:
 
 
 def optimize_image(
-    source: Source, target: Target, descriptor: Descriptor, files: str, work: Path
+    source: Source,
+    target: Target,
+    descriptor: Descriptor,
+    files: str,
+    work: Path,
+    store: BlobStore | None = None,
 ) -> Descriptor:
     """Put the chunks of chosen files into one blob more, and publish the image that has it.
 
@@ -47,6 +54,7 @@ def optimize_image(
         descriptor: of the image's manifest.
         files: the list, in JSON (spec tools 2.10).
         work: a scratch directory.
+        store: where the image's data is, if not beside it; the new blob is put there.
 
     Raises:
         NydusError: the image cannot be read, is none of Nydus, or a list that is none.
@@ -60,18 +68,20 @@ def optimize_image(
     extract_bootstrap(source.pieces(layer), layer, bootstrap)
     logger.info("begin to build new prefetch blob and bootstrap")
     made = work / "optimized_bootstrap"
-    result = optimize(bootstrap, wanted, source, OptimizeOptions(made, work))
+    result = optimize(bootstrap, wanted, store or source, OptimizeOptions(made, work))
     if result.blob_path is None:
         raise ImageError("no file of the list is in the image: there is nothing to optimise")
     logger.info("build success for prefetch blob : %s", result.blob_path.name)
     blobs = [one for one in old.layers if not one.is_bootstrap]
     for one in blobs:
         copy_blob(source, target, one)
-    upload = target.begin()
+    upload = (store or target).begin()
     with result.blob_path.open("rb") as file:
         while piece := file.read(1 << 20):
             upload.write(piece)
     prefetch = upload.finish(media.NYDUS_BLOB).annotated(BLOB="true")
+    # What is in a backend is no layer.
+    own = [] if store is not None else [prefetch]
     content: list[tuple[str, Content]] = [
         ("image.boot", made), ("prefetch.files", files.encode("utf-8", "surrogateescape")),
     ]  # fmt: skip
@@ -79,13 +89,17 @@ def optimize_image(
     marks = {**layer.annotations, media.PREFETCH_BLOB: prefetch.hex}
     last = replace(boot.descriptor, annotations=marks)
     config = ImageConfig.parse(source.document(old.config))
-    diff_ids = [*config.diff_ids[:-1], prefetch.digest, boot.diff_id]
+    diff_ids = [*config.diff_ids[:-1], *(one.digest for one in own), boot.diff_id]
     stored = _store_config(target, old, config.with_layers(diff_ids, config.history))
-    return _publish(target, replace(old, config=stored, layers=(*blobs, prefetch, last)))
+    return _publish(target, replace(old, config=stored, layers=(*blobs, *own, last)))
 
 
 def make_dictionary(
-    sources: Sequence[tuple[Source, Descriptor]], target: Target, database: str, work: Path
+    sources: Sequence[tuple[Source, Descriptor]],
+    target: Target,
+    database: str,
+    work: Path,
+    store: Backend | None = None,
 ) -> Descriptor:
     """Choose the chunks that images share, and publish them as a dictionary image.
 
@@ -96,6 +110,7 @@ def make_dictionary(
         target: the dictionary.
         database: a file of SQLite with the chunks of earlier runs, or `:memory:`.
         work: a scratch directory.
+        store: where data is that the images' manifests do not have.
 
     Raises:
         NydusError: an image that cannot be read, or is none of Nydus.
@@ -117,7 +132,7 @@ def make_dictionary(
     result = generate_dictionary(paths, DictionaryOptions(database, made))
     logger.info("Successfully generate image chunk dictionary")
     first, old = sources[0][0], manifests[0]
-    _bring_blobs(target, result.blobs, sources, manifests)
+    _bring_blobs(target, result.blobs, sources, manifests, store)
     boot = write_bootstrap_layer(target, [("image.boot", made)], media.DOCKER_LAYER_GZIP)
     last = boot.descriptor.annotated(BOOTSTRAP="true", FS_VERSION="")
     config = ImageConfig.parse(first.document(old.config))
@@ -130,6 +145,7 @@ def _bring_blobs(
     wanted: Sequence[str],
     sources: Sequence[tuple[Source, Descriptor]],
     manifests: Sequence[Manifest],
+    store: Backend | None,
 ) -> None:
     """Bring the blobs of a dictionary to its repository, where images will look for them."""
     places: Mapping[str, tuple[Source, Descriptor]] = {
@@ -138,6 +154,10 @@ def _bring_blobs(
         for layer in manifest.layers
     }
     for blob in wanted:
-        if blob not in places:
+        if blob in places:
+            copy_blob(places[blob][0], target, places[blob][1])
+        elif store is not None:
+            found = Descriptor(media.NYDUS_BLOB, f"sha256:{blob}", store.open(blob).size())
+            target.put(found, resumed_pieces(store.open(blob), found))
+        else:
             raise ImageError("dictionary refers to a blob of no image", blob=blob)
-        copy_blob(places[blob][0], target, places[blob][1])

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from builder.nydusify.convert import backend_config
-from builder.nydusify.flags import Command, Flag, UsageError, Values
+from builder.nydusify.flags import Command, Flag, Values
 from builder.nydusify.mounting import Mounted, mounted_image
 from builder.nydusify.places import Places
+from builder.nydusify.stores import blob_reader, store_values
 from builder.oci.errors import ImageError
 from builder.oci.place import Source
 from builder.proof.checking import (
@@ -25,7 +25,6 @@ from builder.proof.checking import (
 from builder.proof.entry import Entry
 from builder.proof.target import TargetTree
 from erofs.errors import NydusError
-from fscache.backend import Backend, LocalFsConfig, open_backend
 
 __all__ = ["COMMAND", "run"]
 
@@ -42,7 +41,7 @@ COMMAND = Command(
         Flag("source-backend-type", "Type of storage backend"),
         Flag("source-backend-config", "Json configuration string for storage backend"),
         Flag("source-backend-config-file", "Json configuration file for storage backend"),
-        Flag("target-backend-type", "Type of storage backend, possible values: 'localfs'"),
+        Flag("target-backend-type", "Type of storage backend: oss, s3, localfs"),
         Flag("target-backend-config", "Json configuration string for storage backend"),
         Flag("target-backend-config-file", "Json configuration file for storage backend"),
         Flag("multi-platform", "Accepted: an index is looked into anyway", False),
@@ -106,39 +105,18 @@ def _check(
         return
     if source.is_nydus:
         raise ImageError("source is a Nydus image; its tree is not compared")
-    blobs = _blobs(values, target, stack)
+    blobs = blob_reader(values, "target-backend", stack) or target.source
+
+    backend = store_values(values, "target-backend")
 
     def mounted(tree: TargetTree) -> Entry:
-        image = Mounted(target.source, bootstrap, work / "mnt", blobs_config(values))
+        image = Mounted(target.source, bootstrap, work / "mnt", backend)
         with mounted_image(image, values.text("nydusd"), environment, work / "nydusd") as top:
             return read_mounted(top, tree.chunk_bytes, tree.digester)
 
     with _rule("filesystem"):
         logger.info("comparing filesystem")
         check_tree(source, bootstrap, blobs, mounted if values.flag("mount") else None)
-
-
-def blobs_config(values: Values) -> dict[str, object] | None:
-    """Return the configuration of the target's backend, None for its registry."""
-    kind = values.text("target-backend-type")
-    if not kind:
-        return None
-    if kind != "localfs":
-        raise ImageError(f"backend '{kind}' is not supported in this version")
-    return {"type": kind, "config": backend_config(values, "target-backend")}
-
-
-def _blobs(values: Values, target: CheckedImage, stack: ExitStack) -> Source | Backend:
-    config = blobs_config(values)
-    if config is None:
-        return target.source
-    inner = config["config"]
-    directory = inner.get("dir") if isinstance(inner, dict) else None
-    if not isinstance(directory, str):
-        raise UsageError("backend configuration of localfs needs 'dir'")
-    backend = open_backend(LocalFsConfig(dir=Path(directory)))
-    stack.callback(backend.close)
-    return backend
 
 
 @contextmanager

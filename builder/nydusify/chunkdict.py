@@ -9,6 +9,7 @@ from builder.convert.rework import make_dictionary
 from builder.nydusify.convert import work_directory
 from builder.nydusify.flags import Command, Flag, UsageError, Values, parse_flags
 from builder.nydusify.places import Places
+from builder.nydusify.stores import blob_reader
 from builder.oci import media
 from builder.oci.errors import ImageError
 
@@ -20,6 +21,9 @@ _GENERATE = (
     Flag("source-insecure", "Skip verifying server certs for HTTPS source registry", False),
     Flag("target-insecure", "Skip verifying server certs for HTTPS target registry", False),
     Flag("plain-http", "Enable plain http", False),
+    Flag("backend-type", "Where the data is: oss, s3, localfs"),
+    Flag("backend-config", "Json configuration string for storage backend"),
+    Flag("backend-config-file", "Json configuration file for storage backend"),
     Flag("database", "File of SQLite with the chunks of earlier runs"),
     Flag("work-dir", "Working directory for generating a chunkdict image", "./output"),
     Flag("nydus-image", "Accepted and not used: the builder is built in", "nydus-image"),
@@ -54,5 +58,6 @@ def run(values: Values, environment: Mapping[str, str]) -> int:
         target = places.target(
             given.text("target"), given.flag("target-insecure"), source=sources[0][0]
         )
-        make_dictionary(sources, target, given.text("database") or ":memory:", work)
+        store = blob_reader(given, "backend", stack)
+        make_dictionary(sources, target, given.text("database") or ":memory:", work, store)
     return 0

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from builder.backends import configured_backend
 from builder.convert.bootlayer import extract_bootstrap
 from builder.convert.cache import CachePlace, LayerRecords, LocalRecords
 from builder.convert.driver import Conversion, ConversionResult
@@ -21,8 +20,8 @@ from builder.nydusify.batch import convert_list
 from builder.nydusify.convertwords import CONVERT
 from builder.nydusify.flags import UsageError, Values
 from builder.nydusify.places import Places, seconds
+from builder.nydusify.stores import blob_reader, blob_store
 from builder.oci.errors import ImageError
-from builder.oci.layout import BlobFolder
 from builder.oci.names import parse_reference
 from builder.oci.place import BlobStore, Source, Target
 from builder.oci.records import Manifest
@@ -42,7 +41,6 @@ COMPRESSORS = {
     "lz4_block": Compressor.LZ4_BLOCK,
     "zstd": Compressor.ZSTD,
 }
-_BACKENDS = ("oss", "s3", "localfs")
 _DICTIONARY = "bootstrap"
 
 
@@ -153,7 +151,7 @@ def convert_one(
     with ExitStack() as stack:
         work = stack.enter_context(work_directory(values))
         places = open_places(values, environment, stack)
-        folder = _blob_folder(values, stack)
+        store = blob_store(values, "backend", work, places.retry, stack)
         source = places.source(
             source_text, values.flag("source-insecure"), values.text("source-archive")
         )
@@ -177,13 +175,13 @@ def convert_one(
         )
         prover = None
         if not values.flag("no-proof"):
-            prover = _prover(values, source, place, folder or place, options, stack)
-        cache = _records(values, places, target, folder or place, options)
+            prover = _prover(values, source, place, store or place, options, stack)
+        cache = _records(values, places, target, store or place, options)
         return Conversion(
             source,
             place,
             options,
-            folder,
+            store,
             cache,
             prover,
             before_push=None if cache is None else cache.publish,
@@ -202,11 +200,7 @@ def _reverse(values: Values, environment: Mapping[str, str]) -> int:
         target = places.target(
             text, values.flag("target-insecure"), values.text("target-archive"), source
         )
-        blobs = None
-        if values.text("source-backend-type"):
-            config = json.dumps(backend_config(values, "source-backend"))
-            blobs = configured_backend(values.text("source-backend-type"), config)
-            stack.callback(blobs.close)
+        blobs = blob_reader(values, "source-backend", stack)
         logger.info(
             "Starting reverse conversion from Nydus image %s to OCI image %s", source.name, text
         )
@@ -281,44 +275,6 @@ def _patterns(values: Values) -> tuple[bytes, ...]:
         lines = [line for line in sys.stdin.buffer.read().splitlines() if line.strip()]
         return tuple(lines) or (b"/",)
     return (b"/",)
-
-
-def _blob_folder(values: Values, stack: ExitStack) -> BlobFolder | None:
-    """Return where data blobs go instead of the registry; raise `NydusError`."""
-    kind = values.text("backend-type")
-    if not kind:
-        return None
-    if kind not in _BACKENDS:
-        raise UsageError(f"--backend-type should be one of [{' '.join(_BACKENDS)}]")
-    config = backend_config(values, "backend")
-    if kind != "localfs":
-        raise ImageError(f"writing to backend '{kind}' is not supported in this version")
-    directory = config.get("dir")
-    if not isinstance(directory, str) or not directory:
-        raise ImageError("backend configuration of localfs needs 'dir'")
-    folder = BlobFolder(Path(directory), force=values.flag("backend-force-push"))
-    stack.callback(folder.close)
-    return folder
-
-
-def backend_config(values: Values, prefix: str) -> dict[str, object]:
-    """Return the configuration of a backend, whose text may hold secrets; raise `NydusError`."""
-    text = values.text(f"{prefix}-config")
-    file = f"{prefix}-config-file"
-    if not text and file in values.values and values.text(file):
-        text = Path(values.text(file)).read_text("utf-8")
-    if not text:
-        raise UsageError(
-            f"backend configuration is empty, please specify option '--{prefix}-config'"
-        )
-    try:
-        config = json.loads(text)
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        # Without the cause: it quotes the text.
-        raise ImageError("backend configuration is not a JSON object") from None
-    return config
 
 
 def _dictionary(values: Values, places: Places, work: Path) -> Dictionary | None:

@@ -11,7 +11,7 @@ _SOURCE = (
     Flag("source-archive", "Path to source OCI image layout tar archive, or of `docker save`"),
     Flag("target", "Target (Nydus) image reference, oci:FOLDER[:TAG] or file:///ARCHIVE"),
     Flag("target-archive", "Path to target OCI image layout tar archive"),
-    Flag("source-backend-type", "Type of storage backend, possible values: 'localfs'"),
+    Flag("source-backend-type", "Type of storage backend, possible values: 'oss', 's3', 'localfs'"),
     Flag("source-backend-config", "Json configuration string for storage backend"),
     Flag(
         "target-suffix",
@@ -23,7 +23,7 @@ _SOURCE = (
     Flag("mirror", "Ask this address before the source registry, may be repeated", ()),
 )
 _BACKEND = (
-    Flag("backend-type", "Type of storage backend, possible values: 'localfs'"),
+    Flag("backend-type", "Type of storage backend, possible values: 'oss', 's3', 'localfs'"),
     Flag("backend-config", "Json configuration string for storage backend"),
     Flag("backend-config-file", "Json configuration file for storage backend"),
     Flag("backend-force-push", "Push Nydus blobs even if they already exist in the backend", False),

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from builder.convert.copying import copy_image
 from builder.nydusify.flags import Command, Flag, UsageError, Values
 from builder.nydusify.places import Places
-from builder.oci.errors import ImageError
+from builder.nydusify.stores import blob_reader
 
 __all__ = ["COMMAND", "run"]
 
@@ -24,7 +24,7 @@ COMMAND = Command(
         Flag("target", "Target image reference, file:///ARCHIVE or oci:FOLDER", required=True),
         Flag("source-insecure", "Skip verifying server certs for HTTPS source registry", False),
         Flag("target-insecure", "Skip verifying server certs for HTTPS target registry", False),
-        Flag("source-backend-type", "Type of storage backend"),
+        Flag("source-backend-type", "Bring the blobs from a storage backend: oss, s3, localfs"),
         Flag("source-backend-config", "Json configuration string for storage backend"),
         Flag("source-backend-config-file", "Json configuration file for storage backend"),
         Flag("all-platforms", "Copy images for all platforms", False, env=""),
@@ -50,9 +50,6 @@ def size(text: str) -> int:
 
 def run(values: Values, environment: Mapping[str, str]) -> int:
     """Copy; return the exit status."""
-    kind = values.text("source-backend-type")
-    if kind:
-        raise ImageError(f"new backend: unsupported backend type {kind}")
     chunk = size(values.text("push-chunk-size"))
     if chunk:
         logger.info("will copy layer with chunk size %s", values.text("push-chunk-size"))
@@ -68,6 +65,7 @@ def run(values: Values, environment: Mapping[str, str]) -> int:
             source=source,
             chunk_bytes=chunk,
         )
+        blobs = blob_reader(values, "source-backend", stack)
         logger.info("pulling source image %s", source.name)
-        copy_image(source, target, values.text("platform"), values.flag("all-platforms"))
+        copy_image(source, target, values.text("platform"), values.flag("all-platforms"), blobs)
     return 0

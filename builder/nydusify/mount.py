@@ -11,10 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from builder.convert.bootlayer import extract_bootstrap
-from builder.nydusify.convert import backend_config
 from builder.nydusify.flags import Command, Flag, Values
 from builder.nydusify.mounting import Mounted, start_daemon, stop_daemon
 from builder.nydusify.places import Places
+from builder.nydusify.stores import store_values
 from builder.oci.errors import ImageError
 from builder.proof.checking import load_image
 
@@ -28,7 +28,7 @@ COMMAND = Command(
     (
         Flag("target", "Target (Nydus) image reference", required=True),
         Flag("target-insecure", "Skip verifying server certs for HTTPS target registry", False),
-        Flag("backend-type", "Type of storage backend, possible values: 'localfs'"),
+        Flag("backend-type", "Type of storage backend: oss, s3, localfs"),
         Flag("backend-config", "Json configuration string for storage backend"),
         Flag("backend-config-file", "Json configuration file for storage backend"),
         Flag("prefetch", "Fetch everything", False),
@@ -48,9 +48,7 @@ def run(values: Values, environment: Mapping[str, str]) -> int:
     """Mount, wait for a signal or the daemon's end, unmount; return the exit status."""
     top = Path(values.text("work-dir"))
     top.mkdir(parents=True, exist_ok=True)
-    backend = None
-    if values.text("backend-type"):
-        backend = {"type": values.text("backend-type"), "config": backend_config(values, "backend")}
+    backend = store_values(values, "backend")
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mount-", dir=top)))
         places = Places(environment, stack, plain_http=values.flag("plain-http"))

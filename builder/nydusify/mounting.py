@@ -122,7 +122,10 @@ def start_daemon(
     cache.mkdir(parents=True, exist_ok=True)
     image.mountpoint.mkdir(parents=True, exist_ok=True)
     config = work / "config.json"
-    config.write_text(json.dumps(daemon_config(image, cache)))
+    # A bucket's keys are in it: nobody else reads it, and it is gone when the image is there.
+    config.unlink(missing_ok=True)
+    with open(config, "x", opener=_private) as file:
+        json.dump(daemon_config(image, cache), file)
     daemon = subprocess.Popen(
         _words(image, program, config, work / "api.sock"),
         env=_environment(image, environment),
@@ -137,10 +140,16 @@ def start_daemon(
             if time.monotonic() > end:
                 raise ImageError("image is not mounted in time", path=image.mountpoint)
             time.sleep(_POLL_SECONDS)
+        config.unlink()
     except BaseException:
         stop_daemon(daemon)
+        config.unlink(missing_ok=True)
         raise
     return daemon
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def stop_daemon(daemon: subprocess.Popen[bytes]) -> None:

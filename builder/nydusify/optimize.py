@@ -13,6 +13,7 @@ from builder.nydusify.convert import work_directory
 from builder.nydusify.copy import size
 from builder.nydusify.flags import Command, Flag, UsageError, Values
 from builder.nydusify.places import Places
+from builder.nydusify.stores import blob_store
 from builder.oci import media
 from builder.oci.errors import ImageError
 
@@ -31,6 +32,9 @@ COMMAND = Command(
         Flag("target-insecure", "Skip verifying server certs for HTTPS target registry", False),
         Flag("policy", "Optimize policy", _POLICY, env="OPTIMIZE_POLICY"),
         Flag("prefetch-files", "File path with the prefetch files in JSON", required=True),
+        Flag("source-backend-type", "Where the data is: oss, s3, localfs"),
+        Flag("source-backend-config", "Json configuration string for storage backend"),
+        Flag("source-backend-config-file", "Json configuration file for storage backend"),
         Flag("push-chunk-size", "Chunk size for pushing a blob layer in chunks", "0MB"),
         Flag("plain-http", "Enable plain http", False),
         Flag("work-dir", "Working directory", "./tmp"),
@@ -55,7 +59,8 @@ def run(values: Values, environment: Mapping[str, str]) -> int:
         top = source.resolve()
         if media.is_index(top.media_type):
             raise ImageError(f"{source.name} is an index, one image is wanted")
+        store = blob_store(values, "source-backend", work, places.retry, stack)
         start = time.monotonic()
-        optimize_image(source, target, top, files, work)
+        optimize_image(source, target, top, files, work, store)
         logger.info("pushed new image, elapsed: %.6fs", time.monotonic() - start)
     return 0

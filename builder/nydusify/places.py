@@ -61,6 +61,17 @@ class Places:
     retry_delay: float = 0.5
     mirrors: tuple[str, ...] = ()
 
+    @property
+    def retry(self) -> RetryPolicy:
+        """How failed requests are repeated."""
+        return RetryPolicy(
+            attempts=max(1, self.retry_count),
+            first_delay=self.retry_delay,
+            factor=1.5,
+            max_delay=max(30.0, self.retry_delay),
+            deadline=600.0,
+        )
+
     def settings(self, insecure: bool, chunk_bytes: int = 0) -> RegistrySettings:
         """Return how registries are asked."""
         usual = RegistrySettings()
@@ -69,13 +80,7 @@ class Places:
             plain_http=self.plain_http,
             docker_config=docker_config(self.environment),
             mirrors=tuple(MirrorConfig(host=mirror) for mirror in self.mirrors),
-            retry=RetryPolicy(
-                attempts=max(1, self.retry_count),
-                first_delay=self.retry_delay,
-                factor=1.5,
-                max_delay=max(30.0, self.retry_delay),
-                deadline=600.0,
-            ),
+            retry=self.retry,
             chunk_bytes=chunk_bytes or usual.chunk_bytes,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from builder.oci.errors import ImageError
 from builder.oci.names import Reference
 from builder.oci.place import Source, Verifier, read_document
 from builder.oci.records import DOCUMENT_LIMIT, Descriptor, Index, check_digest, describe
+from builder.oci.transfer import resumed_pieces
 from builder.oci.upload import BlobUpload, Session
 from erofs.errors import NydusError, error_context
 from fscache.backend.base import AuthError, BackendError, BlobReader, NotFound
@@ -208,36 +209,8 @@ class Repository:
 
     def pieces(self, descriptor: Descriptor) -> Generator[bytes]:
         """Yield a blob; a transfer that breaks off goes on where it was."""
-        verifier = Verifier(descriptor)
         reader = self._backend.open(descriptor.hex)
-        failures, ranges = 0, True
-        while verifier.size < descriptor.size or not descriptor.size:
-            start = verifier.size if ranges else 0
-            try:
-                with reader.stream(start) as pieces:
-                    for piece in _skip(pieces, verifier.size - start):
-                        verifier.update(piece)
-                        failures = 0
-                        yield piece
-                break
-            except BackendError as error:
-                if start and not error.temporary:
-                    # A registry without ranges gives it once more from the beginning.
-                    ranges = False
-                    continue
-                failures += 1
-                self._pause(error, failures)
-        verifier.finish()
-
-    def _pause(self, error: BackendError, failures: int) -> None:
-        """Wait before another try, or raise the error when there is none."""
-        policy = self._settings.retry
-        if not error.temporary or failures >= policy.attempts:
-            raise error
-        delay = min(policy.first_delay * policy.factor ** (failures - 1), policy.max_delay)
-        logger.info("transfer broke off, it goes on in a moment: %s", error)
-        if self._stop.wait(max(delay, error.retry_after or 0.0)):
-            raise error
+        return resumed_pieces(reader, descriptor, self._settings.retry, self._stop)
 
     def open(self, blob_id: str) -> BlobReader:
         """Return a reader of ranges; raise `BackendError` for an id that is refused."""
@@ -408,13 +381,3 @@ def _refusal(answer: Answer) -> BackendError:
     if 400 <= answer.status < 500 and answer.status not in (401, 403, 404, 408, 429):
         return BackendError("registry refuses the manifest", got=f"status {answer.status}")
     return error
-
-
-def _skip(pieces: Iterator[bytes], count: int) -> Iterator[bytes]:
-    """Leave out the first bytes, which were there before."""
-    for piece in pieces:
-        if count >= len(piece):
-            count -= len(piece)
-            continue
-        yield piece[count:] if count else piece
-        count = 0

@@ -20,6 +20,7 @@ from fscache.backend.settings import (
     HttpProxyConfig,
     LocalFsConfig,
     MirrorConfig,
+    ObjectStoreConfig,
     ProxyConfig,
     RegistryConfig,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "LocalFsConfig",
     "MirrorConfig",
     "NotFound",
+    "ObjectStoreConfig",
     "ProxyConfig",
     "RegistryConfig",
     "ShortRead",
@@ -57,6 +59,10 @@ def open_backend(config: BackendConfig) -> Backend:
         from fscache.backend.registry import RegistryBackend
 
         return RegistryBackend(config)
+    if isinstance(config, ObjectStoreConfig):
+        from fscache.backend.objectstore import ObjectStoreBackend
+
+        return ObjectStoreBackend(config)
     from fscache.backend.http import HttpProxyBackend
 
     return HttpProxyBackend(config)

@@ -16,6 +16,7 @@ from fscache.backend.settings import (
     HttpProxyConfig,
     LocalFsConfig,
     MirrorConfig,
+    ObjectStoreConfig,
     ProxyConfig,
     RegistryConfig,
 )
@@ -23,11 +24,13 @@ from fscache.backend.table import ConfigError, ConfigTable
 
 __all__ = ["BACKENDS_TO_COME", "BACKEND_TYPES", "ConfigError", "ConfigTable", "backend_config"]
 
-BACKENDS_TO_COME = ("localdisk", "oss", "s3")
-BACKEND_TYPES = ("localfs", "registry", "http-proxy", *BACKENDS_TO_COME)
+BACKENDS_TO_COME = ("localdisk",)
+BACKEND_TYPES = ("localfs", "registry", "http-proxy", "oss", "s3", *BACKENDS_TO_COME)
 
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 _REPOSITORY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(?:/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
+_REGION = re.compile(r"[A-Za-z0-9-]{1,64}")
 _BEARER = re.compile(r"[\x21-\x7e]+")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
@@ -53,6 +56,8 @@ def backend_config(
         config = _http_proxy(table)
     elif kind == "registry":
         config = _registry(table)
+    elif kind in ("oss", "s3"):
+        config = _object_store(kind, table)
     elif kind in BACKENDS_TO_COME:
         raise place.error(key, f"backend '{kind}' is not supported in this version")
     else:
@@ -154,6 +159,37 @@ def _registry(table: ConfigTable) -> RegistryConfig:
     if config.blob_redirected_host.startswith("["):
         raise table.error("blob_redirected_host", "expected a name or an IPv4 address")
     return config
+
+
+def _object_store(kind: str, table: ConfigTable) -> ObjectStoreConfig:
+    prefix = table.get("object_prefix", str, "")
+    if not prefix.isprintable():
+        raise table.error("object_prefix", "expected printable text")
+    if kind == "s3":
+        region = _checked(table, "region", table.require("region"), _REGION, "a region")
+    else:
+        region = ""
+    return ObjectStoreConfig(
+        kind=kind,
+        endpoint=_checked(table, "endpoint", table.require("endpoint"), _HOST, "host or host:port"),
+        bucket_name=_checked(
+            table, "bucket_name", table.require("bucket_name"), _BUCKET, "a bucket"
+        ),
+        object_prefix=prefix,
+        scheme=_scheme(table, "scheme", "https") or "https",
+        region=region,
+        keys=_keys(table),
+        **_network(table),
+    )
+
+
+def _keys(table: ConfigTable) -> Credentials | None:
+    """Return the access key; both halves or none."""
+    name = _optional(table, "access_key_id", _BEARER, "an access key")
+    secret = _optional(table, "access_key_secret", _BEARER, "a secret key")
+    if bool(name) != bool(secret):
+        raise table.error("access_key_secret" if name else "access_key_id", "missing")
+    return Credentials(name, secret) if name else None
 
 
 def _checked(table: ConfigTable, key: str, value: str, form: re.Pattern[str], expected: str) -> str:

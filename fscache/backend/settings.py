@@ -19,6 +19,7 @@ __all__ = [
     "LocalFsConfig",
     "MirrorConfig",
     "NetworkConfig",
+    "ObjectStoreConfig",
     "ProxyConfig",
     "RegistryConfig",
 ]
@@ -166,4 +167,27 @@ class RegistryConfig(NetworkConfig):
     blob_redirected_host: str = ""
 
 
-BackendConfig = LocalFsConfig | HttpProxyConfig | RegistryConfig
+@dataclass(frozen=True, slots=True)
+class ObjectStoreConfig(NetworkConfig):
+    """Backends `oss` and `s3` (tools 4.4): objects of one bucket.
+
+    Args:
+        kind: `oss` or `s3`.
+        endpoint: `host` or `host:port`.
+        bucket_name: the bucket.
+        object_prefix: before every blob id.
+        scheme: `https` or `http`.
+        region: of `s3`.
+        keys: access key and its secret; None for requests that are not signed.
+    """
+
+    kind: str
+    endpoint: str
+    bucket_name: str
+    object_prefix: str = ""
+    scheme: str = "https"
+    region: str = ""
+    keys: Credentials | None = field(default=None, repr=False)
+
+
+BackendConfig = LocalFsConfig | HttpProxyConfig | RegistryConfig | ObjectStoreConfig

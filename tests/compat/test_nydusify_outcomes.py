@@ -24,7 +24,7 @@ SAME_MESSAGE = (
 SAME_STATUS = (
     "convert-oci-ref-zstd", "fail-bad-batch-size", "fail-bad-chunk-size", "fail-bad-compressor",
     "fail-chunk-size-small", "fail-registry-down", "fail-target-registry-down",
-    "convert-backend-oss-unreachable", "copy-localfs-backend",
+    "convert-backend-oss-unreachable",
 )  # fmt: skip
 # Exit 0 there, an error here (docs/nydusify.md).
 BETTER_REFUSED = (

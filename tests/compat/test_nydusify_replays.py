@@ -104,6 +104,18 @@ def test_copy(name, registry, tmp_path):
         assert written[-1].startswith(f"PUT /v2/{repo}/manifests/{tag} ")
 
 
+def test_copy_from_a_folder_of_blobs(registry, tmp_path):
+    """The real tool knows buckets only."""
+    case = Case("copy-localfs-backend")
+    _blob_folder(tmp_path, "convert-default")
+    done = _do(case, registry, tmp_path)
+    assert (case.status, done.status) == ("1", 0), done.stderr
+    found = registry.repository("cp9")
+    layers = json.loads(found.manifests[found.tags["n"]][1])["layers"]
+    whole = Case("convert-default").document("manifest.json")["layers"]
+    assert {one["digest"] for one in layers[:-1]} == {one["digest"] for one in whole[:-1]}
+
+
 def test_copy_to_file(registry, tmp_path):
     case = Case("copy-to-file")
     done = _do(case, registry, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.object_store import SECRET, ObjectStoreServer
 from tests.fakes.oci_image import Image
 from tests.fakes.oci_registry import OciRegistry
 from tests.nydusify_images import nydusify
@@ -51,7 +53,7 @@ def _start(words, tmp_path):
     )
 
 
-def _mounted(tmp_path, words):
+def _mounted(tmp_path, words, look=lambda: None):
     """Run a program that mounts at `mnt`, read from it, and end it by a signal to it alone."""
     mountpoint = tmp_path / "mnt"
     process = _start(words, tmp_path)
@@ -61,6 +63,7 @@ def _mounted(tmp_path, words):
             ["cat", mountpoint / "etc" / "conf"], check=True, capture_output=True, timeout=60
         ).stdout
         names = sorted(os.listdir(mountpoint))
+        look()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=WAIT_SECONDS)
     finally:
@@ -88,6 +91,39 @@ def test_mount_until_a_signal(layout, tmp_path):
     assert content == b"two\n"
     assert names == ["data", "dir", "etc", "null"]
     assert list((tmp_path / "mw").iterdir()) == []
+
+
+@pytest.mark.usefixtures("_can_mount")
+@pytest.mark.parametrize("kind", ["s3", "oss"])
+def test_mount_with_the_data_in_a_bucket(kind, tmp_path):
+    """Keys go into a file that is gone when the image is there."""
+    with OciRegistry() as registry, ObjectStoreServer(kind) as bucket:
+        Image().add(registry.repository("app"), "v1")
+        config = tmp_path / "config.json"
+        config.write_text(json.dumps(bucket.config(object_prefix="blobs/")))
+        place = ("--backend-type", kind, "--backend-config-file", config)
+        target = f"{registry.host}/out:n"
+        done = nydusify(
+            "convert", "--source", f"{registry.host}/app:v1", "--target", target, "--plain-http",
+            "--work-dir", tmp_path / "w", *place,
+        )  # fmt: skip
+        assert done.status == 0, done.stderr
+        words = (
+            "builder.nydusify", "mount", "--target", target, "--target-insecure", "--mount-path",
+            tmp_path / "mnt", "--work-dir", tmp_path / "mw", *place,
+        )  # fmt: skip
+        seen = []
+
+        def look():
+            paths = [one for one in (tmp_path / "mw").rglob("*") if "cache" not in one.parts]
+            seen.extend(
+                one for one in paths if one.is_file() and SECRET.encode() in one.read_bytes()
+            )
+            assert paths
+
+        content, _ = _mounted(tmp_path, words, look)
+    assert content == b"two\n"
+    assert not seen
 
 
 @pytest.mark.usefixtures("_can_mount")

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fakes.blob_server import BlobServer
+from fakes.object_store import ObjectStoreServer
 from fakes.registry import AUTH, REPO, RegistryServer, StoreServer
 
 from erofs.errors import NydusError
@@ -20,6 +21,7 @@ from fscache.backend import (
     check_blob_id,
     open_backend,
 )
+from fscache.backend.config import ConfigTable, backend_config
 from fscache.backend.retry import RetryPolicy, retry_policy
 
 DATA = bytes(range(256)) * 4096  # 1 MiB
@@ -41,7 +43,7 @@ def http(server):
     backend.close()
 
 
-KINDS = ["dir", "alt_dirs", "blob_file", "tcp", "unix", "registry", "redirected"]
+KINDS = ["dir", "alt_dirs", "blob_file", "tcp", "unix", "registry", "redirected", "oss", "s3"]
 
 
 @pytest.fixture(params=KINDS)
@@ -56,6 +58,13 @@ def backend(request, tmp_path):
             backend = open_backend(
                 RegistryConfig(server.host, REPO, scheme="http", credentials=credentials)
             )
+            yield backend
+            backend.close()
+        return
+    if request.param in ("oss", "s3"):
+        with ObjectStoreServer(request.param, {f"blobs/{BLOB}": DATA}) as server:
+            values = ConfigTable(server.config(object_prefix="blobs/"), "config")
+            backend = open_backend(backend_config(request.param, values, values))
             yield backend
             backend.close()
         return

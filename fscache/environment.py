@@ -1,7 +1,8 @@
 """What the environment adds to a configuration (tools 3.4); called by a command line only.
 
 `IMAGE_PULL_AUTH` replaces a registry's `auth`, `NYDUS_HEADER_<name>` adds a header to every
-request, and Docker's configuration gives credentials when nothing else does.
+request, Docker's configuration gives credentials when nothing else does, and the folder
+`NYDUS_HOSTS_DIR` has containerd's mirrors of registries.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from fscache.backend.config import is_header
 from fscache.backend.dockerauth import docker_credentials
+from fscache.backend.hosts import HOSTS_VARIABLE, with_hosts
 from fscache.backend.settings import (
     BackendConfig,
     Credentials,
@@ -32,7 +34,8 @@ def with_environment(config: BackendConfig, environment: Mapping[str, str]) -> B
     May run a Docker credential helper.
 
     Raises:
-        ConfigError: names the variable whose value cannot be used, without the value.
+        ConfigError: names the variable whose value cannot be used, without the value, or the
+            file.
     """
     if not isinstance(config, NetworkConfig):
         return config
@@ -41,6 +44,9 @@ def with_environment(config: BackendConfig, environment: Mapping[str, str]) -> B
         config = replace(config, headers={**config.headers, **headers})
     if isinstance(config, RegistryConfig):
         config = replace(config, credentials=_credentials(config, environment))
+        folder = environment.get(HOSTS_VARIABLE)
+        if folder:
+            config = with_hosts(config, Path(folder))
     return config
 
 

@@ -141,6 +141,7 @@ def open_places(values: Values, environment: Mapping[str, str], stack: ExitStack
         retry_count=values.number("push-retry-count"),
         retry_delay=seconds(values.text("push-retry-delay")),
         mirrors=values.texts("mirror"),
+        hosts=values.text("hosts-dir"),
     )
 
 

@@ -21,6 +21,7 @@ _SOURCE = (
     Flag("source-insecure", "Skip verifying server certs for HTTPS source registry", False),
     Flag("target-insecure", "Skip verifying server certs for HTTPS target registry", False),
     Flag("mirror", "Ask this address before the source registry, may be repeated", ()),
+    Flag("hosts-dir", "Folder with containerd's hosts.toml files", env="NYDUS_HOSTS_DIR"),
 )
 _BACKEND = (
     Flag("backend-type", "Type of storage backend, possible values: 'oss', 's3', 'localfs'"),

@@ -31,6 +31,9 @@ COMMAND = Command(
         Flag("platform", "Copy images for specific platforms: 'linux/amd64,linux/arm64'", env=""),
         Flag("push-chunk-size", "Chunk size for pushing a blob layer in chunks", "0MB"),
         Flag("mirror", "Ask this address before the source registry, may be repeated", ()),
+        Flag(
+            "hosts-dir", "Folder with containerd's hosts.toml of registries", env="NYDUS_HOSTS_DIR"
+        ),
         Flag("plain-http", "Enable plain http", False),
         Flag("work-dir", "Accepted and not used: nothing is kept", "./tmp"),
         Flag("nydus-image", "Accepted and not used: the builder is built in", "nydus-image"),
@@ -56,7 +59,7 @@ def run(values: Values, environment: Mapping[str, str]) -> int:
     with ExitStack() as stack:
         places = Places(
             environment, stack, plain_http=values.flag("plain-http"),
-            mirrors=values.texts("mirror"),
+            mirrors=values.texts("mirror"), hosts=values.text("hosts-dir"),
         )  # fmt: skip
         source = places.source(values.text("source"), values.flag("source-insecure"))
         target = places.target(

@@ -88,7 +88,8 @@ def _environment(image: Mounted, environment: Mapping[str, str]) -> dict[str, st
     directory = docker_config(environment)
     if isinstance(image.source, Repository) and directory is not None:
         known = docker_credentials(directory, image.source.reference.host)
-        if known is not None:
+        # An identity token is no password; our daemon reads Docker's configuration itself.
+        if known is not None and not known.identity_token:
             pair = f"{known.username}:{known.password}"
             found["IMAGE_PULL_AUTH"] = base64.b64encode(pair.encode()).decode()
     return found

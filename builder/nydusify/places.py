@@ -14,6 +14,7 @@ from builder.oci.layout import LayoutSource, LayoutTarget
 from builder.oci.names import Reference, parse_reference
 from builder.oci.place import Source, Target
 from builder.oci.registry import RegistrySettings, Repository
+from fscache.backend.hosts import HOSTS_VARIABLE
 from fscache.backend.retry import RetryPolicy
 from fscache.backend.settings import MirrorConfig
 
@@ -52,6 +53,7 @@ class Places:
         retry_count: tries of a request.
         retry_delay: pause between them in seconds.
         mirrors: addresses asked before a source's registry.
+        hosts: containerd's folder of mirrors, empty for that of the environment.
     """
 
     environment: Mapping[str, str]
@@ -60,6 +62,7 @@ class Places:
     retry_count: int = 5
     retry_delay: float = 0.5
     mirrors: tuple[str, ...] = ()
+    hosts: str = ""
 
     @property
     def retry(self) -> RetryPolicy:
@@ -75,10 +78,12 @@ class Places:
     def settings(self, insecure: bool, chunk_bytes: int = 0) -> RegistrySettings:
         """Return how registries are asked."""
         usual = RegistrySettings()
+        hosts = self.hosts or self.environment.get(HOSTS_VARIABLE, "")
         return RegistrySettings(
             insecure=insecure,
             plain_http=self.plain_http,
             docker_config=docker_config(self.environment),
+            hosts=Path(hosts) if hosts else None,
             mirrors=tuple(MirrorConfig(host=mirror) for mirror in self.mirrors),
             retry=self.retry,
             chunk_bytes=chunk_bytes or usual.chunk_bytes,

@@ -26,6 +26,7 @@ from erofs.errors import NydusError, error_context
 from fscache.backend.base import AuthError, BackendError, BlobReader, NotFound
 from fscache.backend.distribution import RegistryClient
 from fscache.backend.dockerauth import docker_credentials
+from fscache.backend.hosts import with_hosts
 from fscache.backend.mirrors import MirrorSender
 from fscache.backend.ranges import status_error
 from fscache.backend.redirects import redirect_target
@@ -57,6 +58,7 @@ class RegistrySettings:
         plain_http: no TLS at all.
         docker_config: directory of Docker's `config.json`, None for anonymous access.
         mirrors: asked before the registry when images are read.
+        hosts: containerd's folder of mirrors; not used beside `mirrors`.
         retry: how failed requests are repeated.
         chunk_bytes: of uploads whose digest is not known before, and the limit up to which
             a blob is sent at once.
@@ -66,6 +68,7 @@ class RegistrySettings:
     plain_http: bool = False
     docker_config: Path | None = None
     mirrors: tuple[MirrorConfig, ...] = ()
+    hosts: Path | None = None
     retry: RetryPolicy = field(
         default_factory=lambda: RetryPolicy(attempts=5, first_delay=0.5, deadline=600.0)
     )
@@ -83,6 +86,7 @@ class Repository:
 
     Raises:
         BackendError: a host that is none, unreadable certificates.
+        ConfigError: the file of the registry's mirrors is none.
     """
 
     attaches_first = False
@@ -103,8 +107,8 @@ class Repository:
         self._has_credentials = config.credentials is not None
         direct: Sender = SessionSender(config)
         self._sender = direct
-        if settings.mirrors and not push:
-            self._sender = MirrorSender(settings.mirrors, config.host, direct)
+        if config.mirrors and not push:
+            self._sender = MirrorSender(config.mirrors, config.host, direct, SessionSender)
         scopes = [f"repository:{name}:pull" for name in mount_from]
         self._client = RegistryClient(config, self._sender, "pull,push" if push else "pull", scopes)
         self._backend = RegistryBackend(config, self._sender, self._client)
@@ -359,7 +363,7 @@ def _config(reference: Reference, settings: RegistrySettings) -> RegistryConfig:
     credentials = None
     if settings.docker_config is not None:
         credentials = docker_credentials(settings.docker_config, reference.host)
-    return RegistryConfig(
+    config = RegistryConfig(
         host=reference.api_host,
         repo=reference.repository,
         scheme=scheme,
@@ -368,7 +372,9 @@ def _config(reference: Reference, settings: RegistrySettings) -> RegistryConfig:
         timeout=_ANSWER_SECONDS,
         connect_timeout=10.0,
         transfer_timeout=_REQUEST_SECONDS,
+        mirrors=settings.mirrors,
     )
+    return config if settings.hosts is None else with_hosts(config, settings.hosts)
 
 
 def _location(answer: Answer) -> str:

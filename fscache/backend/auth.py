@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
@@ -134,7 +135,9 @@ class Authorizer:
 
     def _basic(self, used: str | None) -> tuple[str, bool] | None:
         with self._lock:
-            if self._credentials is None or self._credentials.basic == used:
+            if self._credentials is None or self._credentials.identity_token:
+                return None
+            if self._credentials.basic == used:
                 return None
             self._token = Token(self._credentials.basic)
             return self._token.authorization, True
@@ -180,6 +183,10 @@ class Authorizer:
             self._flight = None
             if token is not None:
                 self._token, self._challenge = token, challenge
+                if token.identity_token and self._credentials and self._credentials.identity_token:
+                    self._credentials = replace(
+                        self._credentials, identity_token=token.identity_token
+                    )
                 self._backoff = self._quiet_until = 0.0
 
     def _fetch(
@@ -196,6 +203,14 @@ class Authorizer:
         if not query["service"]:
             del query["service"]
         headers = dict(self._headers)
+        if credentials is not None and credentials.identity_token:
+            # OAuth2: it is no password, so nothing else could be asked.
+            form = {
+                **query,
+                "grant_type": "refresh_token",
+                "refresh_token": credentials.identity_token,
+            }
+            return self._ask("POST", realm, headers, deadline, urlencode(form).encode())
         if credentials is not None:
             form = {
                 **query,

@@ -42,11 +42,13 @@ class Token:
         authorization: value of the Authorization header.
         renew_at: when a new one should be asked for.
         expires_at: when it ends.
+        identity_token: what the service wants to see next time, empty for the same as before.
     """
 
     authorization: str = field(repr=False)
     renew_at: float = float("inf")
     expires_at: float = float("inf")
+    identity_token: str = field(default="", repr=False)
 
 
 def parse_challenges(text: str) -> list[Challenge]:
@@ -99,4 +101,7 @@ def parse_token(body: bytes, now: float, chance: float) -> Token:
     life = min(float(life), MAX_LIFE)
     # A token of a few seconds keeps most of its life.
     ahead = min(RENEW_AHEAD, life / 4) + chance * min(life / 10, MAX_LEAD)
-    return Token(f"Bearer {text}", now + life - ahead, now + life)
+    identity = values.get("refresh_token")
+    if not isinstance(identity, str) or not _TOKEN_TEXT.fullmatch(identity):
+        identity = ""
+    return Token(f"Bearer {text}", now + life - ahead, now + life, identity)

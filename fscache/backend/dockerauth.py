@@ -21,7 +21,7 @@ HELPER_SECONDS = 15.0
 _HELPER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
 _HUB_KEY = "https://index.docker.io/v1/"
-# User name of an identity token, which is no password.
+# User name that says: the secret is an identity token, no password.
 _TOKEN_USER = "<token>"  # noqa: S105 - Docker's word for it
 
 
@@ -74,9 +74,9 @@ def _host(name: str) -> str:
 
 def _entry(entry: Mapping[str, Any], host: str) -> Credentials | None:
     auth, username, password = (entry.get(key) for key in ("auth", "username", "password"))
-    if entry.get("identitytoken"):
-        logger.warning("Docker's identity token for %s is not supported", host)
-        return None
+    token = entry.get("identitytoken")
+    if isinstance(token, str) and token:
+        return Credentials(_TOKEN_USER, "", token)
     if isinstance(auth, str) and auth:
         try:
             return Credentials.from_base64(auth)
@@ -125,6 +125,5 @@ def _ask_helper(name: str, key: str) -> Credentials | None:
     if not isinstance(username, str) or not isinstance(secret, str) or not username:
         return None
     if username == _TOKEN_USER:
-        logger.warning("%s gives an identity token, which is not supported", program)
-        return None
+        return Credentials(username, "", secret)
     return Credentials(username, secret)

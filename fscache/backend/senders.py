@@ -30,5 +30,5 @@ def open_sender(config: NetworkConfig, host: str) -> Sender:
     if config.mirrors:
         from fscache.backend.mirrors import MirrorSender
 
-        return MirrorSender(config.mirrors, host, direct)
+        return MirrorSender(config.mirrors, host, direct, DirectSender)
     return direct

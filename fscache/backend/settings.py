@@ -27,10 +27,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """A user's name and password."""
+    """A user's name and password, or the identity token that a login gave in their place."""
 
     username: str = field(repr=False)
     password: str = field(repr=False)
+    identity_token: str = field(default="", repr=False)
 
     @classmethod
     def from_base64(cls, text: str) -> Self:
@@ -93,6 +94,11 @@ class MirrorConfig:
         health_check_interval: pause between checks.
         failure_limit: failures in a row until the mirror is left out.
         health_check_pause_elapsed: idle time after which checks pause.
+        base_path: what stands for `/v2` there; empty for the same.
+        skip_verify: accept any certificate of it.
+        ca_cert_files: PEM files of its authorities.
+        resolves: whether it knows what a tag stands for now.
+        shares_credentials: whether it is shown what the registry itself is shown.
     """
 
     host: str
@@ -101,6 +107,11 @@ class MirrorConfig:
     health_check_interval: float = 5.0
     failure_limit: int = 5
     health_check_pause_elapsed: float = 300.0
+    base_path: str = ""
+    skip_verify: bool = False
+    ca_cert_files: tuple[Path, ...] = ()
+    resolves: bool = True
+    shares_credentials: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

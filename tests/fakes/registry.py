@@ -64,9 +64,16 @@ class _RegistryHandler(Handler):
         if not fake.post_works:
             self._status(405)
             return
+        if form.get("grant_type") == "refresh_token":
+            with fake.lock:
+                known = form.get("refresh_token") == fake.identity_token
+                if known and fake.rotates:
+                    fake.identity_token += "+"
+            self._token(known, fake.identity_token if fake.rotates else None)
+            return
         self._token(form.get("username") == fake.user and form.get("password") == fake.password)
 
-    def _token(self, allowed):
+    def _token(self, allowed, identity=None):
         fake = self.server.fake
         if fake.token_delay:
             time.sleep(fake.token_delay)
@@ -75,7 +82,8 @@ class _RegistryHandler(Handler):
         elif not allowed:
             self._json(401, {"errors": [{"code": "UNAUTHORIZED"}]})
         else:
-            self._json(200, {"token": fake.new_token(), "expires_in": fake.token_life})
+            answer = {"token": fake.new_token(), "expires_in": fake.token_life}
+            self._json(200, answer | ({"refresh_token": identity} if identity else {}))
 
     def _allowed(self):
         fake = self.server.fake
@@ -151,6 +159,7 @@ class RegistryServer(BlobServer):
         self.speaks_tls = tls is not None
         self.user, self.password = USER, PASSWORD
         self.anonymous = False
+        self.identity_token, self.rotates = "1dentity", False
         self.post_works = True
         self.realm = None
         self.token_life = 600

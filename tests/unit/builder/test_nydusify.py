@@ -322,6 +322,44 @@ def test_copy_keeps_every_byte(registry, run):
     assert not [line for line in registry.log if line.startswith("PUT /v2/cp/blobs")]
 
 
+def test_mirrors_of_containerds_folder(registry, run, tmp_path, monkeypatch):
+    """Sources are read from a mirror; a tag is resolved there only if it may be."""
+    with OciRegistry() as mirror:
+        Image().add(mirror.repository("app"))
+        folder = tmp_path / "certs.d" / "_default"
+        folder.mkdir(parents=True)
+        for capabilities, resolved in (('["pull", "resolve"]', True), ('["pull"]', False)):
+            (folder / "hosts.toml").write_text(
+                f'[host."{mirror.address}"]\ncapabilities = {capabilities}'
+            )
+            mirror.paths.clear()
+            done = run("copy", "--source", ":app:v1", "--target", "oci:" + str(tmp_path / "o"),
+                       "--hosts-dir", "@certs.d")  # fmt: skip
+            assert done.status == 0, done.stderr
+            assert any(path.endswith("manifests/v1") for path in mirror.paths) == resolved
+            assert any("/blobs/sha256:" in path for path in mirror.paths) or not resolved
+        monkeypatch.setenv("NYDUS_HOSTS_DIR", str(folder.parent))
+        mirror.paths.clear()
+        assert _convert(run, "--no-proof").status == 0
+        assert any("/blobs/sha256:" in path for path in mirror.paths)
+        # Nothing is pushed to a mirror.
+        assert not [row for row in mirror.log if not row.startswith(("GET", "HEAD"))]
+
+
+def test_identity_token_of_docker(run, tmp_path, monkeypatch):
+    with OciRegistry(auth="bearer") as private:
+        Image().add(private.repository("app"), "v1")
+        auths = {private.host: {"auth": "", "identitytoken": private.identity_token}}
+        (tmp_path / "config.json").write_text(json.dumps({"auths": auths}))
+        monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+        source = f"{private.host}/app:v1"
+        done = run("convert", "--source", source, "--target", f"{private.host}/out:n")
+        assert done.status == 0, done.stderr
+        assert "n" in private.repository("out").tags
+        assert private.identity_token not in done.stderr + done.stdout
+        assert {request[0] for request in private.token_requests} == {"POST"}
+
+
 def test_check_finds_what_differs(registry, run):
     assert _convert(run).status == 0
     assert run("check", "--source", ":app:v1", "--target", ":out:n").status == 0

@@ -94,7 +94,7 @@ def test_names_of_hosts(tmp_path, host, name):
 
 
 @pytest.mark.parametrize(
-    "entry", [{}, {"auth": "!!!"}, {"auth": 3}, {"identitytoken": "t0k"}, [], None, "x"]
+    "entry", [{}, {"auth": "!!!"}, {"auth": 3}, {"identitytoken": 3}, [], None, "x"]
 )
 def test_entries_that_are_none(tmp_path, entry, caplog):
     docker(tmp_path, auths={"h": entry})
@@ -149,7 +149,7 @@ def test_helper_for_docker_hub(tmp_path, helper):
 @pytest.mark.parametrize(
     "script",
     ["echo s3cr3t >&2; exit 1", "echo s3cr3t", "echo '[]'", """echo '{"Username":"u"}'""",
-     """echo '{"Username":"<token>","Secret":"s3cr3t"}'"""],
+     """echo '{"Username":"","Secret":"s3cr3t"}'"""],
 )  # fmt: skip
 def test_helpers_without_an_answer(tmp_path, helper, script, caplog, capfd):
     caplog.set_level("DEBUG")
@@ -157,6 +157,17 @@ def test_helpers_without_an_answer(tmp_path, helper, script, caplog, capfd):
     docker(tmp_path, credsStore="bad", auths={"h": {"auth": AUTH}})
     assert docker_credentials(tmp_path, "h") == ROBOT
     assert "s3cr3t" not in caplog.text + "".join(capfd.readouterr())
+
+
+def test_identity_tokens(tmp_path, helper):
+    """They come instead of a password, in the file or by a helper."""
+    wanted = Credentials("<token>", "", "t0k3n")
+    docker(tmp_path, auths={"h": {"auth": AUTH, "identitytoken": "t0k3n"}})
+    assert docker_credentials(tmp_path, "h") == wanted
+    assert "t0k3n" not in repr(wanted)
+    helper("all", """echo '{"Username":"<token>","Secret":"t0k3n"}'""")
+    docker(tmp_path, credsStore="all")
+    assert docker_credentials(tmp_path, "h") == wanted
 
 
 def test_helper_that_hangs(tmp_path, helper, monkeypatch):

@@ -107,6 +107,40 @@ def test_bearer_by_get(server, connect):
     assert "password" not in query
 
 
+IDENTITY = Credentials("<token>", "", "1dentity")
+
+
+@pytest.mark.parametrize("rotates", [False, True])
+def test_identity_token(server, connect, rotates):
+    """A token of an earlier login buys tokens for repositories; the service may exchange it."""
+    server.auth, server.rotates = "bearer", rotates
+    reader = connect(credentials=IDENTITY).open(BLOB)
+    for _ in range(3):
+        assert reader.read_at(0, 10) == DATA[:10]
+        server.revoke_tokens()
+    assert [request[0] for request in server.token_requests] == ["POST"] * 3
+    assert server.token_requests[0][1] == {
+        "service": "fake, really", "scope": f"repository:{REPO}:pull",
+        "grant_type": "refresh_token", "refresh_token": "1dentity",
+        "client_id": "nydus-registry-client",
+    }  # fmt: skip
+    last = server.token_requests[-1][1]["refresh_token"]
+    assert last == ("1dentity++" if rotates else "1dentity")
+
+
+def test_identity_token_is_no_password(server, connect, caplog):
+    caplog.set_level(logging.DEBUG)
+    server.auth = "basic"
+    with pytest.raises(AuthError):
+        connect(credentials=IDENTITY).open(BLOB).read_at(0, 10)
+    server.auth, server.identity_token = "bearer", "other"
+    with pytest.raises(AuthError) as caught:
+        connect(credentials=IDENTITY).open(BLOB).read_at(0, 10)
+    assert [request[0] for request in server.token_requests] == ["POST"]
+    assert not any((one or "").startswith("Basic") for one in server.authorizations)
+    assert "1dentity" not in caplog.text + str(caught.value)
+
+
 def test_anonymous(server, connect):
     server.auth, server.anonymous = "bearer", True
     assert connect().open(BLOB).read_at(0, 10) == DATA[:10]

@@ -14,6 +14,7 @@ from pathlib import Path
 from builder.convert.bootlayer import extract_bootstrap
 from builder.convert.cache import CachePlace, LayerRecords, LocalRecords
 from builder.convert.driver import Conversion, ConversionResult
+from builder.convert.model import convert_model
 from builder.convert.options import ConvertOptions, Dictionary
 from builder.convert.reverse import Reverse
 from builder.nydusify.batch import convert_list
@@ -42,6 +43,7 @@ COMPRESSORS = {
     "zstd": Compressor.ZSTD,
 }
 _DICTIONARY = "bootstrap"
+_MODEL = "model-artifact"
 
 
 def run(values: Values, environment: Mapping[str, str]) -> int:
@@ -53,6 +55,14 @@ def run(values: Values, environment: Mapping[str, str]) -> int:
         raise UsageError('Required flag "source" not set', shows_help=True)
     if values.flag("reverse"):
         return _reverse(values, environment)
+    kind = values.text("source-backend-type")
+    if kind == _MODEL:
+        return _model(values, environment)
+    if kind == "modelfile":
+        raise ImageError(
+            "the storage of modctl is not read: push the artifact, and take"
+            f" --source-backend-type {_MODEL}"
+        )
     result = convert_one(values, environment, values.text("source"), target_text(values))
     path = values.text("output-json")
     if path:
@@ -210,6 +220,22 @@ def _reverse(values: Values, environment: Mapping[str, str]) -> int:
         logger.info(
             "Successfully converted Nydus image %s to OCI image %s", source.name, target.name
         )
+    return 0
+
+
+def _model(values: Values, environment: Mapping[str, str]) -> int:
+    """Make a model artifact mountable; return the exit status."""
+    with ExitStack() as stack:
+        work = stack.enter_context(work_directory(values))
+        places = open_places(values, environment, stack)
+        source = places.source(
+            values.text("source"), values.flag("source-insecure"), values.text("source-archive")
+        )
+        target = places.target(
+            target_text(values), values.flag("target-insecure"), values.text("target-archive"),
+            source,
+        )  # fmt: skip
+        convert_model(source, target, number(values, "fs-chunk-size"), work)
     return 0
 
 

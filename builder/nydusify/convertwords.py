@@ -11,7 +11,11 @@ _SOURCE = (
     Flag("source-archive", "Path to source OCI image layout tar archive, or of `docker save`"),
     Flag("target", "Target (Nydus) image reference, oci:FOLDER[:TAG] or file:///ARCHIVE"),
     Flag("target-archive", "Path to target OCI image layout tar archive"),
-    Flag("source-backend-type", "Type of storage backend, possible values: 'oss', 's3', 'localfs'"),
+    Flag(
+        "source-backend-type",
+        "Type of storage backend, possible values: 'oss', 's3', 'localfs' with --reverse; or"
+        " 'model-artifact' for a source that is one",
+    ),
     Flag("source-backend-config", "Json configuration string for storage backend"),
     Flag(
         "target-suffix",

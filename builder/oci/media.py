@@ -57,7 +57,10 @@ _OCI_TYPES = {
     DOCKER_LAYER_ZSTD: OCI_LAYER_ZSTD,
 }
 
+MODEL_ARTIFACT = "application/vnd.cnai.model.manifest.v1+json"
+
 PREFIX = "containerd.io/snapshot/"
+ARTIFACT_TYPE = f"{PREFIX}nydus-artifact-type"
 BLOB = f"{PREFIX}nydus-blob"
 BOOTSTRAP = f"{PREFIX}nydus-bootstrap"
 BUILDER_VERSION = f"{PREFIX}nydus-builder-version"

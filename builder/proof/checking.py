@@ -91,7 +91,10 @@ def load_image(source: Source, platforms: str = "", *, nydus: bool) -> CheckedIm
     documents["manifest"] = source.document(chosen)
     manifest = Manifest.parse(documents["manifest"], chosen.media_type)
     documents["config"] = source.document(manifest.config)
-    return CheckedImage(source, manifest, ImageConfig.parse(documents["config"]), documents)
+    # A model has a configuration of its own kind.
+    is_model = manifest.artifact_type == media.MODEL_ARTIFACT
+    config = ImageConfig({}) if is_model else ImageConfig.parse(documents["config"])
+    return CheckedImage(source, manifest, config, documents)
 
 
 def check_manifest(image: CheckedImage) -> None:
@@ -105,6 +108,8 @@ def check_manifest(image: CheckedImage) -> None:
         *blobs, last = manifest.layers
         if not last.is_bootstrap:
             raise ImageError("bootstrap is not the last layer", blob=last.digest)
+        if manifest.artifact_type == media.MODEL_ARTIFACT:
+            return
         for layer in blobs:
             if layer.media_type != media.NYDUS_BLOB or media.BLOB not in layer.annotations:
                 raise ImageError("layer is not marked as a blob", blob=layer.digest)

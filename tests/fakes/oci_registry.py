@@ -134,11 +134,12 @@ class _Handler(_RegistryHandler):
             self._reply(404)
             return
         if self.command == "HEAD":
+            # Before the answer: who has it may look at once.
+            with self.server.fake.lock:
+                self.server.fake.log.append(f"HEAD {self.path} -> 200")
             self.send_response(200)
             self.send_header("Content-Length", str(len(blob)))
             self.end_headers()
-            with self.server.fake.lock:
-                self.server.fake.log.append(f"HEAD {self.path} -> 200")
             return
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked is None:
@@ -168,14 +169,14 @@ class _Handler(_RegistryHandler):
         headers = {"Content_Type": kind, "Docker_Content_Digest": digest}
         if self.command == "HEAD":
             headers["length"] = str(len(data))
+            with fake.lock:
+                fake.log.append(f"HEAD {self.path} -> 200")
             self.send_response(200)
             for key, text in headers.items():
                 self.send_header(
                     "Content-Length" if key == "length" else key.replace("_", "-"), text
                 )
             self.end_headers()
-            with fake.lock:
-                fake.log.append(f"HEAD {self.path} -> 200")
             return
         self._reply(200, data, **headers)
 

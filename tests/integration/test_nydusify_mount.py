@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.model_artifact import add_model
 from tests.fakes.object_store import SECRET, ObjectStoreServer
-from tests.fakes.oci_image import Image
+from tests.fakes.oci_image import Image, layer, member
 from tests.fakes.oci_registry import OciRegistry
 from tests.nydusify_images import nydusify
 
@@ -124,6 +126,41 @@ def test_mount_with_the_data_in_a_bucket(kind, tmp_path):
         content, _ = _mounted(tmp_path, words, look)
     assert content == b"two\n"
     assert not seen
+
+
+@pytest.mark.usefixtures("_can_mount")
+def test_mount_of_a_model(tmp_path):
+    """The files are read from the artifact's own tars."""
+    weights = bytes(range(256)) * 9000
+    tars = [
+        ("application/vnd.cnai.model.weight.v1.tar", layer(member("model.bin", weights))),
+        ("application/vnd.cnai.model.doc.v1.tar", layer(member("etc/conf", b"two\n"))),
+    ]
+    with OciRegistry() as registry:
+        add_model(registry.repository("models"), "v1", tars)
+        reference = f"{registry.host}/models"
+        done = nydusify(
+            "convert", "--source", f"{reference}:v1", "--target", f"{reference}:n", "--plain-http",
+            "--source-backend-type", "model-artifact", "--work-dir", tmp_path / "w",
+        )  # fmt: skip
+        assert done.status == 0, done.stderr
+        words = (
+            "builder.nydusify", "mount", "--target", f"{reference}:n", "--target-insecure",
+            "--mount-path", tmp_path / "mnt", "--work-dir", tmp_path / "mw",
+        )  # fmt: skip
+        sums = []
+
+        def look():
+            found = subprocess.run(
+                ["sha256sum", tmp_path / "mnt" / "model.bin"], check=True, capture_output=True,
+                timeout=60,
+            )  # fmt: skip
+            sums.append(found.stdout.split()[0].decode())
+
+        content, names = _mounted(tmp_path, words, look)
+    assert content == b"two\n"
+    assert names == ["etc", "model.bin"]
+    assert sums == [hashlib.sha256(weights).hexdigest()]
 
 
 @pytest.mark.usefixtures("_can_mount")

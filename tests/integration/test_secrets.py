@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import pytest
 from capabilities import requires
+from fakes.object_store import ObjectStoreServer
 from fakes.registry import REPO, ProxyServer, RegistryServer, StoreServer
 from serving import build_image, wait_until
 
@@ -132,6 +133,8 @@ class Servers:
         self.redirecting.location = (
             f"{self.redirecting.store.address}/store/x?signature={quote(secrets.word('signature'))}"
         )
+        # They know other keys than the ones that they are asked with.
+        self.buckets = [stack.enter_context(ObjectStoreServer(kind)) for kind in ("s3", "oss")]
         # Nobody listens there; the address itself holds a secret.
         self.lost = registry(None)
         self.lost.location = f"http://127.0.0.1:1/x?token={quote(secrets.word('redirect'))}"
@@ -178,6 +181,12 @@ def configurations(servers, secrets, cache):
     }
     for name, backend in plain.items():
         yield name, v2("registry", backend, cache / name)
+    for bucket in servers.buckets:
+        keys = {
+            "access_key_id": secrets.word(f"{bucket.kind}-id"),
+            "access_key_secret": secrets.word(f"{bucket.kind}-secret"),
+        }
+        yield bucket.kind, v2(bucket.kind, bucket.config(**keys), cache / bucket.kind)
 
 
 def broken_configurations(servers, secrets, cache):

@@ -7,6 +7,7 @@ from builder.errors import BuildError
 from erofs import NydusError
 from fscache.backend.config import ConfigError
 from tests.fakes.blob_server import BlobServer
+from tests.fakes.object_store import ObjectStoreServer
 
 
 def test_http_proxy_reads_blobs():
@@ -14,6 +15,14 @@ def test_http_proxy_reads_blobs():
         backend = configured_backend(
             "http-proxy", json.dumps({"addr": server.address, "timeout": 3})
         )
+        assert backend.open("id").read_at(2, 3) == b"234"
+        backend.close()
+
+
+@pytest.mark.parametrize("kind", ["oss", "s3"])
+def test_object_storage_reads_blobs(kind):
+    with ObjectStoreServer(kind, {"id": b"0123456789"}) as server:
+        backend = configured_backend(kind, json.dumps(server.config()))
         assert backend.open("id").read_at(2, 3) == b"234"
         backend.close()
 

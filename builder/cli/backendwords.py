@@ -24,8 +24,7 @@ def add_backend_type(parser: CommandParser) -> None:
     """Add the options that describe a backend."""
     parser.add_argument(
         "--backend-type", metavar="<backend-type>", choices=BACKEND_TYPES,
-        help=f"Type of backend [possible values: {', '.join(BACKEND_TYPES)}]"
-        " (localdisk is not there yet)",
+        help=f"Type of backend [possible values: {', '.join(BACKEND_TYPES)}]",
     )  # fmt: skip
     parser.add_argument(
         "--backend-config", metavar="<backend-config>", help="Config string of backend"

@@ -13,11 +13,13 @@ from fscache.backend.base import (
     Unavailable,
     check_blob_id,
 )
+from fscache.backend.localdisk import LocalDiskBackend
 from fscache.backend.localfs import LocalFsBackend
 from fscache.backend.settings import (
     BackendConfig,
     Credentials,
     HttpProxyConfig,
+    LocalDiskConfig,
     LocalFsConfig,
     MirrorConfig,
     ObjectStoreConfig,
@@ -34,6 +36,7 @@ __all__ = [
     "BlobReader",
     "Credentials",
     "HttpProxyConfig",
+    "LocalDiskConfig",
     "LocalFsConfig",
     "MirrorConfig",
     "NotFound",
@@ -54,6 +57,8 @@ def open_backend(config: BackendConfig) -> Backend:
     """
     if isinstance(config, LocalFsConfig):
         return LocalFsBackend(config)
+    if isinstance(config, LocalDiskConfig):
+        return LocalDiskBackend(config)
     # A daemon on local files needs no HTTP library.
     if isinstance(config, RegistryConfig):
         from fscache.backend.registry import RegistryBackend

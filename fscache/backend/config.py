@@ -14,6 +14,7 @@ from fscache.backend.settings import (
     BackendConfig,
     Credentials,
     HttpProxyConfig,
+    LocalDiskConfig,
     LocalFsConfig,
     MirrorConfig,
     ObjectStoreConfig,
@@ -22,10 +23,9 @@ from fscache.backend.settings import (
 )
 from fscache.backend.table import ConfigError, ConfigTable
 
-__all__ = ["BACKENDS_TO_COME", "BACKEND_TYPES", "ConfigError", "ConfigTable", "backend_config"]
+__all__ = ["BACKEND_TYPES", "ConfigError", "ConfigTable", "backend_config"]
 
-BACKENDS_TO_COME = ("localdisk",)
-BACKEND_TYPES = ("localfs", "registry", "http-proxy", "oss", "s3", *BACKENDS_TO_COME)
+BACKEND_TYPES = ("localfs", "localdisk", "registry", "http-proxy", "oss", "s3")
 
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 _REPOSITORY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(?:/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
@@ -48,18 +48,20 @@ def backend_config(
         key: of the type.
 
     Raises:
-        ConfigError: a type that is unknown or still to come, a missing or wrong key.
+        ConfigError: an unknown type, a missing or wrong key.
     """
     if kind == "localfs":
         config: BackendConfig = _localfs(table)
+    elif kind == "localdisk":
+        config = LocalDiskConfig(
+            Path(table.require("device_path")), table.get("disable_gpt", bool, False)
+        )
     elif kind == "http-proxy":
         config = _http_proxy(table)
     elif kind == "registry":
         config = _registry(table)
     elif kind in ("oss", "s3"):
         config = _object_store(kind, table)
-    elif kind in BACKENDS_TO_COME:
-        raise place.error(key, f"backend '{kind}' is not supported in this version")
     else:
         raise place.error(key, f"unknown backend '{kind}'")
     # Old keys without effect in the original, too; nydus-snapshotter still writes one.

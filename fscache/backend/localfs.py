@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from erofs.errors import error_context
 from fscache.backend.base import (
     BackendError,
     BackendMetrics,
@@ -21,9 +22,50 @@ from fscache.backend.base import (
 )
 from fscache.backend.settings import LocalFsConfig
 
-__all__ = ["LocalFsBackend", "LocalFsReader"]
+__all__ = ["LocalFsBackend", "LocalFsReader", "file_pieces", "read_exactly"]
 
 _PIECE_BYTES = 1 << 18
+
+
+def read_exactly(fd: int, path: Path, offset: int, length: int) -> bytes:
+    """Return so many bytes of a file; raise `BackendError`, a permanent `ShortRead` at its end."""
+    data = _pread(fd, path, offset, length)
+    while len(data) < length:
+        more = _pread(fd, path, offset + len(data), length - len(data))
+        if not more:
+            raise ShortRead(
+                "file ends too early",
+                path=path,
+                offset=offset,
+                expected=f"{length} bytes",
+                got=len(data),
+            )
+        data += more
+    return data
+
+
+def file_pieces(
+    fd: int, path: Path, offset: int, end: int | None, add: Callable[[int], None]
+) -> Iterator[bytes]:
+    """Yield a file from an offset to `end`, None for its own; raise `BackendError`.
+
+    `add` is told the length of each piece.
+    """
+    while end is None or offset < end:
+        wanted = _PIECE_BYTES if end is None else min(_PIECE_BYTES, end - offset)
+        piece = _pread(fd, path, offset, wanted)
+        if not piece:
+            return
+        offset += len(piece)
+        add(len(piece))
+        yield piece
+
+
+def _pread(fd: int, path: Path, offset: int, length: int) -> bytes:
+    try:
+        return os.pread(fd, length, offset)
+    except OSError as error:
+        raise BackendError(f"cannot read ({error.strerror})", path=path, offset=offset) from error
 
 
 class LocalFsReader:
@@ -65,48 +107,16 @@ class LocalFsReader:
 
         A file that ends too early is a permanent `ShortRead`.
         """
-        with self._metrics.measure(length), self._open() as (fd, path):
-            try:
-                data = os.pread(fd, length, offset)
-                while len(data) < length:
-                    more = os.pread(fd, length - len(data), offset + len(data))
-                    if not more:
-                        raise ShortRead(
-                            "file ends too early",
-                            path=path,
-                            blob=self.blob_id,
-                            offset=offset,
-                            expected=f"{length} bytes",
-                            got=len(data),
-                        )
-                    data += more
-            except OSError as error:
-                raise BackendError(
-                    f"cannot read ({error.strerror})", path=path, blob=self.blob_id, offset=offset
-                ) from error
-            return data
+        blob = error_context(blob=self.blob_id)
+        with self._metrics.measure(length), blob, self._open() as (fd, path):
+            return read_exactly(fd, path, offset, length)
 
     @contextmanager
     def stream(self, offset: int) -> Iterator[Iterator[bytes]]:
         """Open the file for reading from `offset` to its end; raise `BackendError`."""
-        with self._metrics.measure_pieces() as add, self._open() as (fd, path):
-            yield self._pieces(fd, path, offset, add)
-
-    def _pieces(
-        self, fd: int, path: Path, offset: int, add: Callable[[int], None]
-    ) -> Iterator[bytes]:
-        while True:
-            try:
-                piece = os.pread(fd, _PIECE_BYTES, offset)
-            except OSError as error:
-                raise BackendError(
-                    f"cannot read ({error.strerror})", path=path, blob=self.blob_id, offset=offset
-                ) from error
-            if not piece:
-                return
-            offset += len(piece)
-            add(len(piece))
-            yield piece
+        blob = error_context(blob=self.blob_id)
+        with self._metrics.measure_pieces() as add, blob, self._open() as (fd, path):
+            yield file_pieces(fd, path, offset, None, add)
 
 
 class LocalFsBackend:

@@ -16,6 +16,7 @@ __all__ = [
     "BackendConfig",
     "Credentials",
     "HttpProxyConfig",
+    "LocalDiskConfig",
     "LocalFsConfig",
     "MirrorConfig",
     "NetworkConfig",
@@ -60,6 +61,14 @@ class LocalFsConfig:
     dir: Path | None = None
     blob_file: Path | None = None
     alt_dirs: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LocalDiskConfig:
+    """Backend `localdisk` (tools 4.4): blobs as partitions of a disk, or the disk as one blob."""
+
+    device_path: Path
+    disable_gpt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,4 +210,6 @@ class ObjectStoreConfig(NetworkConfig):
     keys: Credentials | None = field(default=None, repr=False)
 
 
-BackendConfig = LocalFsConfig | HttpProxyConfig | RegistryConfig | ObjectStoreConfig
+BackendConfig = (
+    LocalFsConfig | LocalDiskConfig | HttpProxyConfig | RegistryConfig | ObjectStoreConfig
+)

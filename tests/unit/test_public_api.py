@@ -15,8 +15,9 @@ PUBLIC = {
         VerityOptions WhiteoutSpec build compact export_block generate_dictionary merge optimize
         unpack""",
     "fscache.backend": """AuthError Backend BackendConfig BackendError BackendMetrics BlobReader
-        Credentials HttpProxyConfig LocalFsConfig MirrorConfig NotFound ObjectStoreConfig
-        ProxyConfig RegistryConfig ShortRead Unavailable check_blob_id open_backend""",
+        Credentials HttpProxyConfig LocalDiskConfig LocalFsConfig MirrorConfig NotFound
+        ObjectStoreConfig ProxyConfig RegistryConfig ShortRead Unavailable check_blob_id
+        open_backend""",
     "fscache.config": "ConfigError DaemonConfig load_config parse_config",
     "fscache.daemon": "Daemon LazyUnsupported State StateError Transport",
     "kata": """DmVerity KataVirtualVolume Metadata NydusExtraOptions NydusImage OptionError Profile

@@ -1,11 +1,12 @@
 import json
+import uuid
 
 import pytest
 
 from builder.backends import blob_directory, configured_backend
 from builder.errors import BuildError
 from erofs import NydusError
-from fscache.backend.config import ConfigError
+from tests.fakes.blob_disk import BASIC, disk
 from tests.fakes.blob_server import BlobServer
 from tests.fakes.object_store import ObjectStoreServer
 
@@ -27,10 +28,12 @@ def test_object_storage_reads_blobs(kind):
         backend.close()
 
 
-@pytest.mark.parametrize("kind", ["localdisk"])
-def test_other_types_are_not_there_yet(kind):
-    with pytest.raises(ConfigError, match=f"'{kind}' is not supported in this version"):
-        configured_backend(kind, "{}")
+def test_disk_has_blobs(tmp_path):
+    path = tmp_path / "disk"
+    path.write_bytes(disk((BASIC, uuid.UUID(int=1), "i" * 32, b"0123456789")))
+    backend = configured_backend("localdisk", json.dumps({"device_path": str(path)}))
+    assert backend.open("i" * 64).read_at(2, 3) == b"234"
+    backend.close()
 
 
 @pytest.mark.parametrize(

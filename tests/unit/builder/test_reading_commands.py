@@ -163,7 +163,7 @@ def test_unpack_words(boot, blob, tmp_path, capsys):
     assert leave([*start, "--backend-type", "localfs", "--backend-config", "{}", *output]) == 2
     assert leave([*start, "--backend-type", "http-proxy", *output]) == 2
     assert main([*start, "--backend-type", "localdisk", "--backend-config", "{}", *output]) == 1
-    assert "not supported in this version" in capsys.readouterr().err
+    assert "device_path: missing" in capsys.readouterr().err
     assert main([*start, "--backend-type", "http-proxy", "--backend-config", "{", *output]) == 1
     assert main([*start, *output]) == 1
     assert not (tmp_path / "o.tar").exists()

@@ -1,8 +1,10 @@
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from fakes.blob_disk import BASIC, disk
 from fakes.blob_server import BlobServer
 from fakes.object_store import ObjectStoreServer
 from fakes.registry import AUTH, REPO, RegistryServer, StoreServer
@@ -13,6 +15,7 @@ from fscache.backend import (
     BackendError,
     Credentials,
     HttpProxyConfig,
+    LocalDiskConfig,
     LocalFsConfig,
     NotFound,
     RegistryConfig,
@@ -43,7 +46,18 @@ def http(server):
     backend.close()
 
 
-KINDS = ["dir", "alt_dirs", "blob_file", "tcp", "unix", "registry", "redirected", "oss", "s3"]
+KINDS = [
+    "dir",
+    "alt_dirs",
+    "blob_file",
+    "tcp",
+    "unix",
+    "registry",
+    "redirected",
+    "oss",
+    "s3",
+    "disk",
+]
 
 
 @pytest.fixture(params=KINDS)
@@ -78,10 +92,12 @@ def backend(request, tmp_path):
     directory = tmp_path / "blobs"
     directory.mkdir()
     (directory / BLOB).write_bytes(DATA)
+    (tmp_path / "disk").write_bytes(disk((BASIC, uuid.UUID(int=1), BLOB[:32], DATA)))
     config = {
         "dir": LocalFsConfig(dir=directory),
         "alt_dirs": LocalFsConfig(dir=tmp_path / "empty", alt_dirs=(tmp_path, directory)),
         "blob_file": LocalFsConfig(blob_file=directory / BLOB),
+        "disk": LocalDiskConfig(tmp_path / "disk"),
     }[request.param]
     yield open_backend(config)
 

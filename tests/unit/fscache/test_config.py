@@ -91,7 +91,7 @@ def test_version_2_in_toml_and_json():
         ("device", [], "device: expected an object, got a list"),
         ("device.backend.type", "", "device.backend.type: missing"),
         ("device.backend.type", 3, "device.backend.type: expected text, got a whole number"),
-        ("device.backend.type", "localdisk", "'localdisk' is not supported in this version"),
+        ("device.backend.type", "localdisk", "device.backend.config.device_path: missing"),
         ("device.backend.type", "nfs", "unknown backend 'nfs'"),
         ("device.backend.config", {}, "device.backend.config.dir: missing"),
         ("device.backend.config", {"dir": "/a", "alt_dirs": [1]}, "alt_dirs[0]: expected text"),

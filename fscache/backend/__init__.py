@@ -13,7 +13,6 @@ from fscache.backend.base import (
     Unavailable,
     check_blob_id,
 )
-from fscache.backend.localdisk import LocalDiskBackend
 from fscache.backend.localfs import LocalFsBackend
 from fscache.backend.settings import (
     BackendConfig,
@@ -57,9 +56,11 @@ def open_backend(config: BackendConfig) -> Backend:
     """
     if isinstance(config, LocalFsConfig):
         return LocalFsBackend(config)
+    # A daemon on local files needs no HTTP library, and none of what the others need.
     if isinstance(config, LocalDiskConfig):
+        from fscache.backend.localdisk import LocalDiskBackend
+
         return LocalDiskBackend(config)
-    # A daemon on local files needs no HTTP library.
     if isinstance(config, RegistryConfig):
         from fscache.backend.registry import RegistryBackend
 

@@ -171,6 +171,23 @@ def _form(manifest):
     return json.loads(text)
 
 
+def test_order_of_a_push(registry, tmp_path):
+    """Every blob is looked for and sent once, by POST and one PUT; the name comes last."""
+    case = Case("convert-fresh-repo")
+    done = _run(case, registry, tmp_path, "--no-proof")
+    assert done.status == 0, done.stderr
+
+    def writes(rows):
+        verbs = [row.split()[:2] for row in rows if "/v2/fresh/" in row]
+        kinds = [(verb, "manifest" if "/manifests/" in path else "blob") for verb, path in verbs]
+        return [one for one in kinds if one[0] in ("POST", "PUT", "PATCH")]
+
+    recorded = writes((case.folder / "http.txt").read_text().splitlines())
+    ours = writes(registry.log)
+    assert sorted(ours) == sorted(recorded)
+    assert ours[-1] == recorded[-1] == ("PUT", "manifest")
+
+
 def test_build_of_a_directory(tmp_path):
     """The real tool always fails here."""
     case = Case("build-dir")

@@ -81,8 +81,12 @@ class _Handler(_RegistryHandler):
         if self.command == "GET":
             super().do_GET()
             return
+        # The body was read; the next request of this connection has one of its own.
         self._body = lambda: self.body
-        super().do_POST()
+        try:
+            super().do_POST()
+        finally:
+            del self._body
 
     def _reply(self, status, body=b"", **headers):
         fake = self.server.fake

@@ -115,7 +115,7 @@ def test_documents_are_those_of_the_real_tool(registry, tmp_path, target):
     [
         ([(WEIGHT.replace(".tar", ".raw"), b"x" * 1000)], {}, "no plain tar"),
         ([("application/vnd.cnai.model.weight.v1.tar+gzip", b"x")], {}, "no plain tar"),
-        ([(WEIGHT, b"x" * 1000)], {}, ""),
+        ([(WEIGHT, b"x" * 1000)], {}, "blob sha256:"),
         ([], {}, "no layers"),
         (TARS, {"artifactType": "application/x"}, "no model artifact"),
     ],

@@ -262,12 +262,16 @@ def start(serving, home, environment, *words):
     )  # fmt: skip
     wait_until(lambda: (home / "api").exists() or daemon.process.poll() is not None)
     client = Client(home / "api")
-    wait_until(lambda: client.ask("GET", "/api/v1/daemon") == 200 and ready(client))
+    wait_until(lambda: ready(client))
     return daemon, client
 
 
 def ready(client):
-    return b'"state":"RUNNING"' in client.answers[-1][1]
+    try:
+        status = client.ask("GET", "/api/v1/daemon")
+    except ConnectionRefusedError:
+        return False  # the socket has its name, and nobody listens yet
+    return status == 200 and b'"state":"RUNNING"' in client.answers[-1][1]
 
 
 def read_all(serving, home, names):

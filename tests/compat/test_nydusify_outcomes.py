@@ -34,7 +34,7 @@ BETTER_REFUSED = (
 # Exit 1 there, done here.
 BETTER_DONE = ("convert-build-cache-2", "convert-build-cache-3", "fail-no-builder")
 STILL_DONE = (
-    "convert-backend-localfs", "convert-build-cache-same-repo-2", "convert-build-cache-tag",
+    "convert-backend-localfs",
     "edge-bad-platform", "edge-bad-platform-syntax", "edge-oci-ref-v5", "edge-platform-and-all",
 )  # fmt: skip
 

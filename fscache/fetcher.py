@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 Read = Callable[[BlobMap, Sequence[int]], bytes | memoryview]
 
 _YIELD_SECONDS = 0.01
+# Runs in the background that go on while somebody waits for a chunk: on a slow link nearly always
+# somebody does, and so few slow nobody down there.
+_AMID_READERS = 2
 # A task ends by itself: all tries of a read together take less, however slow its backend is.
 _STUCK_SECONDS = 600.0
 
@@ -75,8 +78,10 @@ class Fetcher:
         self._blobs: set[CachedBlob] = set()
         self._sync_errors: dict[CachedBlob, str] = {}
         self._wake_sync = threading.Event()
-        # The other half of the workers is always there for readers.
-        self._background = threading.Semaphore(max(1, self._options.workers // 2))
+        # Runs in the background: half of the workers is always there for readers.
+        self._background = 0
+        self._most_background = max(1, self._options.workers // 2)
+        self._background_changed = threading.Condition()
         self._pool = WorkerPool(self._options.workers, self._options.workers_per_blob, "fetch")
         self._heartbeat = Heartbeat("deadlines of reads")
         self._threads = [
@@ -272,14 +277,17 @@ class Fetcher:
     def begin_background(self, stop: threading.Event) -> bool:
         """Wait for a worker that nobody needs; return False when `stop` was set before.
 
-        After True `prefetch` has to be called once.
+        While readers wait there are few of them. After True `prefetch` has to be called once.
         """
-        while not stop.is_set():
-            if self._background.acquire(timeout=_YIELD_SECONDS):
-                if not self.has_readers:
+        with self._background_changed:
+            while not stop.is_set():
+                most = self._most_background
+                if self.has_readers:
+                    most = min(most, _AMID_READERS)
+                if self._background < most:
+                    self._background += 1
                     return True
-                self._background.release()
-                stop.wait(_YIELD_SECONDS)
+                self._background_changed.wait(_YIELD_SECONDS)
         return False
 
     def prefetch(
@@ -295,7 +303,9 @@ class Fetcher:
         """
 
         def free(error: NydusError | None) -> None:
-            self._background.release()
+            with self._background_changed:
+                self._background -= 1
+                self._background_changed.notify()
             done(error)
 
         self._request(blob, group, free, read or partial(self._read, blob))

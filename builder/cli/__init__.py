@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import gc
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
-from types import FrameType
-from typing import NoReturn
 
 from builder.cli.common import logging_words
+from builder.termination import exit_status, terminable
 from erofs.console import CommandParser, print_version, set_up_logging
 from erofs.errors import NydusError
 
@@ -34,27 +30,6 @@ _COMMANDS = {
 _HELP = "Print this message or the help of the given subcommand(s)"
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does: what was begun is taken away."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM interrupt the block, where that can be said: in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _help_as_option(words: list[str]) -> list[str]:
@@ -102,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_logging(
             getattr(arguments, "log_level", "info"), getattr(arguments, "log_file", None)
         )
-        with _terminable():
+        with terminable():
             status: int = arguments.run(arguments)
         sys.stdout.flush()
         return status
@@ -122,4 +97,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILURE
     except KeyboardInterrupt as stop:
         print("Error: interrupted, nothing was left behind", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
+        return exit_status(stop)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from builder.convert.image import ConvertedImage, ImageConverter, LayerCache, SourceImage
@@ -18,7 +19,7 @@ from builder.oci.names import host_platform, matches, parse_platforms
 from builder.oci.place import BlobStore, Source, Target
 from builder.oci.records import Descriptor, Index, Manifest, Platform, describe
 
-__all__ = ["Conversion", "ConversionResult", "Prover", "select_images"]
+__all__ = ["Conversion", "ConversionResult", "Hook", "HookImage", "Prover", "select_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,26 @@ class Prover(Protocol):
         self, proof: Any, image: Descriptor, source: Descriptor, layers: Sequence[Descriptor]
     ) -> None:
         """Store what was found."""
+
+
+@dataclass(frozen=True, slots=True)
+class HookImage:
+    """What a hook is told of an image; `blobs` are ids and sizes in bytes, the lowest first."""
+
+    bootstrap: Path
+    source: str
+    target: str
+    blobs: tuple[tuple[str, int], ...]
+
+
+class Hook(Protocol):
+    """Is told of every image before and after its manifest is pushed."""
+
+    def before_push(self, image: HookImage) -> None:
+        """Raise `NydusError` when it may not be pushed."""
+
+    def after_push(self, image: HookImage) -> None:
+        """Raise `NydusError` when what follows a push failed."""
 
 
 @dataclass(slots=True)
@@ -98,6 +119,7 @@ class Conversion:
         cache: layers that were converted before.
         prover: compares before anything gets the target's name.
         before_push: called when all images are made and proved, before the first is published.
+        hook: asked before that, and told when all is published.
     """
 
     source: Source
@@ -107,6 +129,7 @@ class Conversion:
     cache: LayerCache | None = None
     prover: Prover | None = None
     before_push: Callable[[], None] | None = None
+    hook: Hook | None = None
     _proofs: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> ConversionResult:
@@ -142,10 +165,7 @@ class Conversion:
         logger.info(
             "converted image %s , elapse %s", self.target.name, _elapsed(converted - pulled)
         )
-        if self.before_push is not None:
-            self.before_push()
-        logger.info("pushing image %s", self.target.name)
-        descriptor = self._publish(top, made)
+        descriptor = self._push(top, made)
         pushed = time.monotonic()
         logger.info("pushed image %s, elapse %s", self.target.name, _elapsed(pushed - converted))
         result = ConversionResult(descriptor, made)
@@ -156,6 +176,29 @@ class Conversion:
         result.cached = converter.cached
         result.layers = sum(len(one.layers) for one in made)
         return result
+
+    def _push(self, top: Index | None, made: list[ConvertedImage]) -> Descriptor:
+        """Publish the images, unless somebody who is asked before refuses."""
+        told = [
+            HookImage(
+                one.bootstrap,
+                self.source.name,
+                self.target.name,
+                tuple((layer.descriptor.hex, layer.descriptor.size) for layer in one.layers),
+            )
+            for one in made
+        ]
+        if self.hook is not None:
+            for image in told:
+                self.hook.before_push(image)
+        if self.before_push is not None:
+            self.before_push()
+        logger.info("pushing image %s", self.target.name)
+        descriptor = self._publish(top, made)
+        if self.hook is not None:
+            for image in told:
+                self.hook.after_push(image)
+        return descriptor
 
     def _load(self) -> tuple[Index | None, list[SourceImage]]:
         """Return the source's index, if it is one, and the images to convert."""

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from builder.nydusify.flags import Command, Flag, UsageError, Values, parse_flags
 from builder.nydusify.logrus import LEVELS, set_up_logging
+from builder.termination import exit_status, terminable
 from erofs.console import package_version
 from erofs.errors import NydusError
 
@@ -21,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 EXIT_FAILURE = 1
 EXIT_NO_COMMAND = 3
-EXIT_INTERRUPTED = 130
 
 _GLOBAL = (
     Flag("debug", "Enable debug log level, overwrites the 'log-level' option", False, ("D",),
@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "help" in given.given:
             print(command.help_text())
             return 0
-        return module.run(given, environment)
+        with terminable():
+            return module.run(given, environment)
     except UsageError as error:
         if error.shows_help:
             print(f"Incorrect Usage: {error}\n\n{command.help_text() if command else _help()}")
@@ -111,6 +112,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         logger.critical("%s%s", place, error.strerror or error)
         return EXIT_FAILURE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         logger.critical("interrupted; nothing was published")
-        return EXIT_INTERRUPTED
+        return exit_status(stop)

@@ -20,6 +20,7 @@ from builder.convert.reverse import Reverse
 from builder.nydusify.batch import convert_list
 from builder.nydusify.convertwords import CONVERT
 from builder.nydusify.flags import UsageError, Values
+from builder.nydusify.hook.plugin import VARIABLE, HookPlugin
 from builder.nydusify.places import Places, seconds
 from builder.nydusify.stores import blob_reader, blob_store
 from builder.oci.errors import ImageError
@@ -163,6 +164,7 @@ def convert_one(
         work = stack.enter_context(work_directory(values))
         places = open_places(values, environment, stack)
         store = blob_store(values, "backend", work, places.retry, stack)
+        hook = _hook(environment, stack)
         source = places.source(
             source_text, values.flag("source-insecure"), values.text("source-archive")
         )
@@ -196,6 +198,7 @@ def convert_one(
             cache,
             prover,
             before_push=None if cache is None else cache.publish,
+            hook=hook,
         ).run()
 
 
@@ -293,6 +296,16 @@ def _prover(
         file=None if where in ("referrer", "none") else Path(where),
         publishes=where != "none",
     )
+
+
+def _hook(environment: Mapping[str, str], stack: ExitStack) -> HookPlugin | None:
+    """Start the hook plug-in that the environment names; raise `PluginError`."""
+    path = environment.get(VARIABLE, "")
+    if not path:
+        return None
+    hook = HookPlugin(Path(path), environment)
+    stack.callback(hook.close)
+    return hook
 
 
 def _patterns(values: Values) -> tuple[bytes, ...]:

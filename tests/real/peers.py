@@ -29,6 +29,7 @@ _PACKAGES = (
     f"{_BUILDKIT}/buildkitd",
     f"{_BUILDKIT}/buildctl",
     "./helpersnapshotter",
+    "./hookplugin",
 )
 _BUILD = (
     "build", "-trimpath", "-ldflags=-s -w", "-tags=no_cri,no_btrfs,no_devmapper,no_zfs,nydus",
@@ -48,7 +49,7 @@ def peers_directory() -> Path:
 
 def _final() -> Path:
     sums = hashlib.sha256(" ".join((*_BUILD, *_PACKAGES)).encode())
-    for name in ("go.mod", "go.sum", "helpersnapshotter/main.go"):
+    for name in ("go.mod", "go.sum", "helpersnapshotter/main.go", "hookplugin/main.go"):
         sums.update((MODULE / name).read_bytes())
     return peers_directory() / sums.hexdigest()[:32]
 

@@ -21,11 +21,32 @@ from builder.oci.records import Descriptor, Index, Manifest, check_digest, descr
 from builder.oci.transfer import resumed_pieces
 from fscache.backend import Backend
 
-__all__ = ["copy_image"]
+__all__ = ["copy_image", "copy_layers", "original_layers"]
 
 logger = logging.getLogger(__name__)
 
 _BLOBS_AT_ONCE = 3
+
+
+def copy_layers(source: Source, target: Target, descriptors: Sequence[Descriptor]) -> None:
+    """Copy blobs, several at once, unless they are there; raise `NydusError`."""
+    blobs = {one.digest: one for one in descriptors}
+
+    def copy(descriptor: Descriptor) -> None:
+        if descriptor.size < 0:
+            # What a Nydus layer refers to comes without a length.
+            size = source.open(descriptor.hex).size()
+            descriptor = replace(descriptor, size=size)
+        copy_blob(source, target, descriptor)
+
+    with ThreadPoolExecutor(_BLOBS_AT_ONCE, "copy") as pool:
+        list(pool.map(copy, blobs.values()))
+
+
+def original_layers(manifest: Manifest) -> list[Descriptor]:
+    """Return the original layers that a zran image reads, their lengths unknown."""
+    found = (layer.annotations.get(media.LAYER_REF) for layer in manifest.layers)
+    return [Descriptor(media.OCTET_STREAM, check_digest(one), -1) for one in found if one]
 
 
 class _Copier:
@@ -38,9 +59,8 @@ class _Copier:
         """Copy one manifest and all that it refers to."""
         data = self._source.document(descriptor)
         manifest = Manifest.parse(data, descriptor.media_type)
-        blobs = {one.digest: one for one in (manifest.config, *manifest.layers, *_refs(manifest))}
-        with ThreadPoolExecutor(_BLOBS_AT_ONCE, "copy") as pool:
-            list(pool.map(self._blob, blobs.values()))
+        blobs = [manifest.config, *manifest.layers, *original_layers(manifest)]
+        copy_layers(self._source, self._target, blobs)
         if self._blobs is not None and manifest.bootstrap is not None:
             data = self._with_blobs(self._blobs, manifest, manifest.bootstrap)
             descriptor = replace(
@@ -53,13 +73,6 @@ class _Copier:
         self._target.publish(data, descriptor.plain(), named=named)
         logger.info("pushed target manifest %s", descriptor.digest)
         return descriptor
-
-    def _blob(self, descriptor: Descriptor) -> None:
-        if descriptor.size < 0:
-            # What a Nydus layer refers to comes without a length.
-            size = self._source.open(descriptor.hex).size()
-            descriptor = replace(descriptor, size=size)
-        copy_blob(self._source, self._target, descriptor)
 
     def _with_blobs(self, blobs: Backend, old: Manifest, layer: Descriptor) -> bytes:
         """Bring the blobs that a bootstrap names, and return a manifest that has them as layers."""
@@ -85,12 +98,6 @@ class _Copier:
         stored = describe(packed, old.config.media_type)
         self._target.put(stored, [packed])
         return replace(old, config=stored, layers=(*layers, *old.layers)).pack()
-
-
-def _refs(manifest: Manifest) -> list[Descriptor]:
-    """Return the original layers that a zran image reads, their lengths unknown."""
-    found = (layer.annotations.get(media.LAYER_REF) for layer in manifest.layers)
-    return [Descriptor(media.OCTET_STREAM, check_digest(one), -1) for one in found if one]
 
 
 def _chosen(index: Index, platforms: str, all_platforms: bool) -> Sequence[Descriptor]:

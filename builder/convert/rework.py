@@ -19,19 +19,21 @@ from builder.oci.transfer import resumed_pieces
 from builder.optimize import OptimizeOptions, optimize, parse_files
 from fscache.backend import Backend
 
-__all__ = ["make_dictionary", "optimize_image"]
+__all__ = ["make_dictionary", "optimize_image", "publish", "store_config"]
 
 logger = logging.getLogger(__name__)
 
 
-def _store_config(target: Target, old: Manifest, config: ImageConfig) -> Descriptor:
+def store_config(target: Target, media_type: str, config: ImageConfig) -> Descriptor:
+    """Store a configuration; raise `NydusError`."""
     data = config.pack(2)
-    stored = describe(data, old.config.media_type)
+    stored = describe(data, media_type)
     target.put(stored, [data])
     return stored
 
 
-def _publish(target: Target, manifest: Manifest) -> Descriptor:
+def publish(target: Target, manifest: Manifest) -> Descriptor:
+    """Publish an image under the target's name; raise `NydusError`."""
     data = manifest.pack()
     descriptor = describe(data, manifest.media_type)
     target.publish(data, descriptor)
@@ -90,8 +92,10 @@ def optimize_image(
     last = replace(boot.descriptor, annotations=marks)
     config = ImageConfig.parse(source.document(old.config))
     diff_ids = [*config.diff_ids[:-1], *(one.digest for one in own), boot.diff_id]
-    stored = _store_config(target, old, config.with_layers(diff_ids, config.history))
-    return _publish(target, replace(old, config=stored, layers=(*blobs, *own, last)))
+    stored = store_config(
+        target, old.config.media_type, config.with_layers(diff_ids, config.history)
+    )
+    return publish(target, replace(old, config=stored, layers=(*blobs, *own, last)))
 
 
 def make_dictionary(
@@ -136,8 +140,10 @@ def make_dictionary(
     boot = write_bootstrap_layer(target, [("image.boot", made)], media.DOCKER_LAYER_GZIP)
     last = boot.descriptor.annotated(BOOTSTRAP="true", FS_VERSION="")
     config = ImageConfig.parse(first.document(old.config))
-    stored = _store_config(target, old, config.with_layers([boot.diff_id], config.history))
-    return _publish(target, replace(old, config=stored, layers=(last,)))
+    stored = store_config(
+        target, old.config.media_type, config.with_layers([boot.diff_id], config.history)
+    )
+    return publish(target, replace(old, config=stored, layers=(last,)))
 
 
 def _bring_blobs(

@@ -40,6 +40,7 @@ _COMMANDS = {
     "build": ("build", "Build a Nydus filesystem from a source directory"),
     "copy": ("copy", "Copy an image from source to target"),
     "optimize": ("optimize", "Optimize a source nydus image and push to the target"),
+    "commit": ("commit", "Create and push a new nydus image from a container's changes"),
 }
 _ALIASES = {"view": "mount", "pack": "build"}
 

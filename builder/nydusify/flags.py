@@ -13,7 +13,7 @@ from typing import Any
 
 from erofs.errors import NydusError
 
-__all__ = ["Command", "Flag", "UsageError", "Values", "parse_flags"]
+__all__ = ["Command", "Flag", "UsageError", "Values", "missing_flags", "parse_flags"]
 
 _TRUE = ("1", "t", "true", "yes")
 _FALSE = ("0", "f", "false", "no", "")
@@ -196,7 +196,11 @@ def _take(values: Values, flag: Flag, text: str) -> None:
 
 
 def _require(flags: Sequence[Flag], values: Values) -> None:
-    missing = [flag.name for flag in flags if flag.required and not values.values[flag.name]]
+    missing_flags([flag.name for flag in flags if flag.required and not values.values[flag.name]])
+
+
+def missing_flags(missing: Sequence[str]) -> None:
+    """Raise `UsageError` when there are names of flags that are missing."""
     if len(missing) == 1:
         raise UsageError(f'Required flag "{missing[0]}" not set', shows_help=True)
     if missing:

@@ -33,13 +33,16 @@ from builder.prefetch import PrefetchPolicy
 from builder.source.options import SourceOptions, WhiteoutSpec
 from erofs.rafs import Compressor, Digester
 
-__all__ = ["CommitBase", "PackedLayer", "pack_layer", "publish_commit"]
+__all__ = ["UPPER", "CommitBase", "PackedLayer", "pack_layer", "publish_commit"]
 
 logger = logging.getLogger(__name__)
 
 _TABLE = re.compile(r"[0-9a-f]{64}\.blob\.meta")
 _PIECE_BYTES = 1 << 20
 _EVERYTHING = (b"/",)
+_COMMENT = "Nydus Commit"
+UPPER = "upper"
+_UPPER_COMMENT = f"{_COMMENT} {UPPER}"
 # What was true of the image that is built on, and is not of the result.
 _ORIGIN = (media.SOURCE_DIGEST, media.SOURCE_REFERENCE)
 
@@ -110,6 +113,12 @@ class CommitBase:
             )  # fmt: skip
 
     @property
+    def times(self) -> int:
+        """How often the image was committed; the real tool leaves only that it was."""
+        mine = [one for one in self.config.history if one.get("comment") == _UPPER_COMMENT]
+        return max(len(mine), bool(self.commits))
+
+    @property
     def blobs(self) -> list[Descriptor]:
         """The layers with data, the lowest first."""
         return [one for one in self.manifest.layers if not one.is_bootstrap]
@@ -136,7 +145,7 @@ def pack_layer(base: CommitBase, name: str, pieces: Generator[bytes], path: Path
 
     Args:
         base: the image below, whose content is not stored again.
-        name: of the layer, for messages and the history.
+        name: of the layer, for messages and the history; `UPPER` for the upper directory.
         pieces: of the tar.
         path: of the blob.
 
@@ -203,7 +212,7 @@ def publish_commit(
     last = replace(boot.descriptor, annotations=marks)
     blobs = [*base.blobs, *(one.descriptor for one in new)]
     history = base.config.history
-    added = [history_entry(f"Nydus Commit {one.layer.name}") for one in new]
+    added = [history_entry(f"{_COMMENT} {one.layer.name}") for one in new]
     config = base.config.with_layers(
         [*(one.digest for one in blobs), boot.diff_id],
         [*history[:-1], *added, *history[-1:]],

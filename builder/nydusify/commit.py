@@ -11,7 +11,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.convert.commit import CommitBase, PackedLayer, pack_layer, publish_commit
+from builder.convert.commit import (
+    UPPER,
+    CommitBase,
+    PackedLayer,
+    pack_layer,
+    publish_commit,
+)
 from builder.convert.upperdir import mounted_layer, upper_layer
 from builder.nydusify.containerd import Container, Containerd
 from builder.nydusify.convert import work_directory
@@ -177,7 +183,7 @@ class _Commit:
                 base = CommitBase.load(source, image.manifest, image.config, self.work)
             logger.info("pulled base bootstrap, elapsed: %.6fs", time.monotonic() - start)
             maximum = values.number("maximum-times")
-            if len(base.commits) >= maximum:
+            if base.times >= maximum:
                 raise ImageError(f"reached maximum committed times {maximum}")
             check(image.config)
             base.copy_blobs(target)
@@ -191,7 +197,7 @@ class _Commit:
             logger.info("committing upper")
             pieces = upper_layer(descriptor, self.paths.excluded_bytes, view)
             start = time.monotonic()
-            layer = pack_layer(base, "upper", pieces, self.work / "blob-upper")
+            layer = pack_layer(base, UPPER, pieces, self.work / "blob-upper")
         size, seconds = layer.path.stat().st_size, time.monotonic() - start
         logger.info("committed upper, size: %d B, elapsed: %.6fs", size, seconds)
         return layer

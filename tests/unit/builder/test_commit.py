@@ -25,6 +25,7 @@ from erofs.errors import FormatError
 from tests.fakes.containerd import PAUSED, FakeContainer, FakeContainerd
 from tests.fakes.oci_image import Image, add_index
 from tests.fakes.oci_registry import Fault, OciRegistry
+from tests.fixtures_path import needs_fixtures
 from tests.nydusify_images import Case, nydusify
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -298,16 +299,25 @@ def test_mounts_are_committed_with_the_container(registry, commit_container, con
     assert f"{inside}/skip" not in tree
     assert tree["dir/own"] == b"own\n"
     assert "etc/new" not in tree
+    container.image = f"{registry.host}/out:c"
+    # One commit, whatever the number of its blobs.
+    assert commit_container("web.1", "--maximum-times", "2").status == 0
+    done = commit_container("web.1", "--maximum-times", "2")
+    assert done.last == "reached maximum committed times 2"
 
 
-def test_words():
+@needs_fixtures
+def test_message_of_the_real_tool(tmp_path):
     case = Case("commit-help")
-    done = nydusify(*case.words)
+    done = nydusify(*case.words, "--work-dir", tmp_path)
     real = (case.folder / "stderr.txt").read_text().splitlines()[-1]
     wanted = json.loads(real.split("msg=", 1)[1])
     assert str(done.status) == case.status
     # There it is a timeout, after ten seconds.
     assert done.last == wanted.replace("timeout", "No such file or directory")
+
+
+def test_words():
     for words, last in (
         ((), 'Required flags "container, target" not set'),
         (("--target", "x"), 'Required flag "container" not set'),

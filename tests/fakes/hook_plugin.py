@@ -73,6 +73,8 @@ class Plugin:
             if self.mode != "stubborn":
                 sys.exit(0)
             return
+        if self.mode in ("hang", "stubborn") and b"BeforePushManifest" in got:
+            return
         question, answer = self.answers[number][0]
         if len(got) < len(question):
             return
@@ -86,8 +88,6 @@ class Plugin:
                 return
             if self.mode == "crash":
                 os._exit(3)
-            if self.mode in ("hang", "stubborn"):
-                return
             answer = BAD_VALUES.get(self.mode, answer)
         # It keeps the connection alive, prints, and wants to open a stream that nobody offers.
         self.connection.sendall(HEADER.pack(0, PING, SYN, 0, 5))

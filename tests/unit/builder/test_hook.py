@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from tests.fakes.oci_image import Image
 from tests.fakes.oci_registry import OciRegistry
 from tests.nydusify_images import nydusify
 
-FAKE = Path(__file__).resolve().parents[2] / "fakes" / "hook_plugin.py"
+REPOSITORY = Path(__file__).resolve().parents[3]
+FAKE = REPOSITORY / "tests" / "fakes" / "hook_plugin.py"
 # As it was when the answers were recorded.
 IMAGE = HookImage(
     Path("/etc/hosts"),
@@ -239,3 +242,23 @@ def test_plug_in_that_cannot_be_used_stops_at_once(convert, registry, monkeypatc
     assert done.status == 1
     assert "plug-in wants another transport" in done.last
     assert registry.repository("out").blobs == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_plug_in_ends_with_the_command(registry, program, tmp_path, number):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "builder.nydusify", "convert", "--source",
+         f"{registry.host}/app:v1", "--target", f"{registry.host}/out:n", "--plain-http",
+         "--no-proof", "--work-dir", tmp_path / "work"],
+        cwd=REPOSITORY, stderr=subprocess.PIPE,
+        env={**os.environ, "HOOK_FAKE": "hang", "NYDUS_HOOK_PLUGIN_PATH": str(program)},
+    )  # fmt: skip
+    line = b""
+    while b"Call hook 'BeforePushManifest'" not in line:
+        line = process.stderr.readline()
+        assert line
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+    assert registry.repository("out").tags == {}

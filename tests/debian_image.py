@@ -83,17 +83,22 @@ def upper_layers(lower: Path) -> list[bytes]:
         _add(tar, "usr/share/zoneinfo", tarfile.DIRTYPE)
         _add(tar, "usr/share/zoneinfo/.wh..wh..opq")
         _add(tar, "usr/share/zoneinfo/UTC", content=b"TZif2")
+        # The real tool needs directories described: for hard links, and for their attributes.
+        _add(tar, "etc", tarfile.DIRTYPE)
         _add(tar, "etc/hostname", content=b"converted\n",
              pax_headers={"SCHILY.xattr.user.note": "a=b"})  # fmt: skip
         _add(tar, "etc/hostname-too", tarfile.LNKTYPE, linkname="etc/hostname")
         _add(tar, "srv", tarfile.DIRTYPE, mode=0o1777, uid=1000)
-        _add(tar, "srv/fifo", tarfile.FIFOTYPE)
+        # No FIFO: the real builder refuses those that Python writes.
+        _add(tar, "srv/null", tarfile.CHRTYPE, devmajor=1, devminor=3)
     second = stream.getvalue()
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        _add(tar, "etc", tarfile.DIRTYPE)
+        _add(tar, "srv", tarfile.DIRTYPE, mode=0o1777, uid=1000)
         _add(tar, "srv/large", content=os.urandom(3 << 20) + bytes(2 << 20))
         _add(tar, "etc/hostname", content=b"third\n")
-        _add(tar, "srv/.wh.fifo")
+        _add(tar, "srv/.wh.null")
         _add(tar, "srv/link", tarfile.SYMTYPE, linkname="../etc/hostname")
     return [second, stream.getvalue()]
 

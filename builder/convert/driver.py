@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from builder.convert.image import ConvertedImage, ImageConverter, LayerCache, SourceImage
 from builder.convert.layer import copy_blob
 from builder.convert.options import ConvertOptions
+from builder.convert.witness import Witness
 from builder.oci import media
 from builder.oci.config import ImageConfig, history_entry
 from builder.oci.errors import ImageError
@@ -31,11 +32,11 @@ EMPTY_DIFF_ID = "sha256:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10
 _NO_IMAGE = "unknown"
 
 
-class Prover(Protocol):
+class Prover(Witness, Protocol):
     """Compares converted images with their sources."""
 
-    def begin(self, manifest: Manifest, config: ImageConfig) -> None:
-        """Read a source while it is converted."""
+    def expect(self, manifest: Manifest, config: ImageConfig) -> None:
+        """Hear of a source that will be converted."""
 
     def prove(self, manifest: Manifest, old: Manifest, config: ImageConfig) -> Any:
         """Return what was found; raise `NydusError` unless both trees are equal."""
@@ -147,12 +148,14 @@ class Conversion:
         pulled = time.monotonic()
         logger.info("pulled image %s , elapse %s", name, _elapsed(pulled - start))
         logger.info("converting image %s", name)
-        converter = ImageConverter(self.source, self.target, self.options, self.blobs, self.cache)
+        converter = ImageConverter(
+            self.source, self.target, self.options, self.blobs, self.cache, self.prover
+        )
         try:
             for image in images:
-                converter.begin(image)
                 if self.prover is not None:
-                    self.prover.begin(image.manifest, image.config)
+                    self.prover.expect(image.manifest, image.config)
+                converter.begin(image)
             made = [converter.convert(image) for image in images]
         finally:
             converter.close()

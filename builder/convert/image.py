@@ -13,6 +13,7 @@ from builder.convert.bootlayer import Content, write_bootstrap_layer
 from builder.convert.layer import ConvertedLayer, convert_layer, copy_blob
 from builder.convert.options import FS_VERSION, ConvertOptions, Dictionary
 from builder.convert.tail import read_tail
+from builder.convert.witness import Witness
 from builder.merge import MergeOptions, merge
 from builder.oci import media
 from builder.oci.config import ImageConfig, history_entry
@@ -109,6 +110,7 @@ class ImageConverter:
         options: how to convert.
         blobs: where data blobs go when that is not the target.
         cache: layers that were converted before.
+        witness: sees the source's layers, too.
     """
 
     def __init__(
@@ -118,12 +120,14 @@ class ImageConverter:
         options: ConvertOptions,
         blobs: BlobStore | None = None,
         cache: LayerCache | None = None,
+        witness: Witness | None = None,
     ) -> None:
         self._source = source
         self._target = target
         self._options = options
         self._blobs: BlobStore = target if blobs is None else blobs
         self._cache = cache
+        self._witness = witness
         self._pool = ThreadPoolExecutor(options.layers_at_once, "layer")
         self._layers: dict[str, Future[ConvertedLayer]] = {}
         self.cached = 0
@@ -140,6 +144,8 @@ class ImageConverter:
 
     def _layer(self, layer: Descriptor) -> ConvertedLayer:
         found = None if self._cache is None else self._cache.find(layer)
+        if self._witness is not None and (found is not None or self._options.oci_ref):
+            self._witness.read(layer)
         if self._options.oci_ref:
             # What the result refers to has to be where the result is.
             copy_blob(self._source, self._target, layer)
@@ -148,7 +154,7 @@ class ImageConverter:
             descriptor, undescribed = found
             tail = read_tail(self._blobs, descriptor)
             return ConvertedLayer(descriptor, layer, tail, undescribed)
-        made = convert_layer(self._source, self._blobs, layer, self._options)
+        made = convert_layer(self._source, self._blobs, layer, self._options, self._witness)
         if self._cache is not None:
             self._cache.note(made)
         return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
 from typing import BinaryIO, NamedTuple, cast
@@ -11,9 +12,12 @@ from typing import BinaryIO, NamedTuple, cast
 from builder.build import build
 from builder.convert.options import ConvertOptions
 from builder.convert.tail import LayerTail, read_tail
+from builder.convert.witness import Witness, followed
 from builder.oci import media
+from builder.oci.ahead import read_ahead
 from builder.oci.errors import ImageError
 from builder.oci.place import BlobStore, PieceReader, Source
+from builder.oci.plain import PIECE_BYTES, plain_pieces
 from builder.oci.records import Descriptor
 from builder.oci.upload import UploadLost
 from builder.options import BuildOptions, SourceType
@@ -26,6 +30,7 @@ __all__ = ["ConvertedLayer", "convert_layer", "copy_blob"]
 logger = logging.getLogger(__name__)
 
 _GZIP_MAGIC = b"\x1f\x8b"
+_PIECES_AHEAD = 4
 
 
 class ConvertedLayer(NamedTuple):
@@ -63,11 +68,22 @@ def _build_options(options: ConvertOptions) -> BuildOptions:
 
 
 def convert_layer(
-    source: Source, target: BlobStore, layer: Descriptor, options: ConvertOptions
+    source: Source,
+    target: BlobStore,
+    layer: Descriptor,
+    options: ConvertOptions,
+    witness: Witness | None = None,
 ) -> ConvertedLayer:
     """Build a layer while it is read, and send it while it is built.
 
     An upload that the registry forgets begins anew.
+
+    Args:
+        source: has the layer.
+        target: takes the result.
+        layer: which one it is.
+        options: how to convert.
+        witness: sees the unpacked layer, too.
 
     Raises:
         NydusError: the layer cannot be read, built or sent; says which one.
@@ -76,7 +92,7 @@ def convert_layer(
     while True:
         try:
             with error_context(blob=layer.digest):
-                descriptor, undescribed = _convert(source, target, layer, options)
+                descriptor, undescribed = _convert(source, target, layer, options, witness)
             break
         except UploadLost as error:
             if attempt >= options.layer_attempts:
@@ -86,21 +102,36 @@ def convert_layer(
     return ConvertedLayer(descriptor, layer, read_tail(target, descriptor), tuple(undescribed))
 
 
+def _content(
+    source: Source, layer: Descriptor, options: ConvertOptions, witness: Witness | None
+) -> Generator[bytes]:
+    """Return what the builder gets: the unpacked layer, for zran the layer as it is."""
+    if options.oci_ref:
+        return source.pieces(layer)
+    pieces = plain_pieces(source, layer)
+    return pieces if witness is None else followed(pieces, witness, layer)
+
+
 def _convert(
-    source: Source, target: BlobStore, layer: Descriptor, options: ConvertOptions
+    source: Source,
+    target: BlobStore,
+    layer: Descriptor,
+    options: ConvertOptions,
+    witness: Witness | None,
 ) -> tuple[Descriptor, list[bytes]]:
     built = _build_options(options)
     undescribed: list[bytes] = []
     reading = replace(built.source, undescribed=undescribed)
-    with closing(source.pieces(layer)) as pieces:
+    content = _content(source, layer, options, witness)
+    with closing(read_ahead(content, _PIECES_AHEAD)) as pieces:
         upload = target.begin()
         try:
-            stream = io.BufferedReader(PieceReader(pieces, layer.digest), 1 << 20)
+            stream = io.BufferedReader(PieceReader(pieces, layer.digest), PIECE_BYTES)
             if options.oci_ref and stream.peek(2)[:2] != _GZIP_MAGIC:
                 raise ImageError("layers for --oci-ref have to be compressed by gzip")
             build(cast(BinaryIO, stream), replace(built, blob_sink=upload, source=reading))
             for _ in pieces:
-                pass  # the digest of the layer is looked at behind its last byte
+                pass  # the same when the builder did not look behind the end of the tar
             descriptor = upload.finish(media.NYDUS_BLOB)
         except BaseException:
             upload.abort()

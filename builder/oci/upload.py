@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 from builder.oci import media
@@ -55,6 +55,20 @@ class _Registry(Protocol):
         """Send a whole blob."""
 
 
+class _Part:
+    """A body that is sent from where it is."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __iter__(self) -> Iterator[bytes]:
+        # What sends it takes every buffer.
+        yield cast(bytes, self._data)
+
+
 class Session:
     """An upload session of a registry; its address changes with every answer.
 
@@ -87,13 +101,13 @@ class Session:
                 raise _lost(answer)
             self._done = True
 
-    def patch(self, offset: int, data: bytes) -> None:
+    def patch(self, offset: int, data: memoryview) -> None:
         """Append bytes that begin at `offset`; raise `BackendError`."""
         headers = {
             "Content-Type": media.OCTET_STREAM,
             "Content-Range": f"{offset}-{offset + len(data) - 1}",
         }
-        with self._registry.request_at(self._location, "PATCH", headers, data) as answer:
+        with self._registry.request_at(self._location, "PATCH", headers, _Part(data)) as answer:
             if answer.status not in (_ACCEPTED, _NO_CONTENT, _CREATED):
                 raise _lost(answer)
             self._move(answer)
@@ -132,7 +146,7 @@ def _lost(answer: Answer) -> BackendError:
 class BlobUpload:
     """A blob that is being made: `write`, then `finish`.
 
-    One piece is under way while the next one fills, so at most three are in memory.
+    One piece is under way while the next one fills, so two are in memory.
 
     Args:
         registry: takes the blob.
@@ -143,6 +157,8 @@ class BlobUpload:
         self._registry = registry
         self._chunk_bytes = chunk_bytes
         self._buffer = bytearray()
+        self._filled = 0
+        self._spare = bytearray()
         self._sum = hashlib.sha256()
         self._size = 0
         self._sent = 0
@@ -152,30 +168,40 @@ class BlobUpload:
 
     def write(self, data: bytes | bytearray | memoryview, /) -> None:
         """Append bytes; raise `BackendError`, also for earlier ones."""
-        self._sum.update(data)
         self._size += len(data)
-        self._buffer += data
-        while len(self._buffer) > self._chunk_bytes:
-            piece = bytes(memoryview(self._buffer)[: self._chunk_bytes])
-            del self._buffer[: self._chunk_bytes]
-            self._dispatch(piece)
+        rest = memoryview(data)
+        while rest:
+            if self._filled == self._chunk_bytes:
+                self._dispatch()
+            part = rest[: self._chunk_bytes - self._filled]
+            end = self._filled + len(part)
+            # It grows to its full length once, and is used again then.
+            self._buffer[self._filled : end] = part
+            self._filled = end
+            rest = rest[len(part) :]
 
     def finish(self, media_type: str, *, known_absent: bool = False) -> Descriptor:
         """End the blob and return what it is; one that is there already is not sent again."""
-        descriptor = Descriptor(media_type, f"sha256:{self._sum.hexdigest()}", self._size)
         if self._pool is None:
+            whole = bytes(self._buffer)
+            self._sum.update(whole)
+            descriptor = self._descriptor(media_type)
             if known_absent or not self._registry.has(descriptor):
-                self._registry.put_at_once(descriptor, bytes(self._buffer))
+                self._registry.put_at_once(descriptor, whole)
             return descriptor
         try:
-            self._dispatch(bytes(self._buffer))
+            self._dispatch()
             self._land()
+            descriptor = self._descriptor(media_type)
             session = self._session
             if session is not None:
                 self._registry.again(lambda: self._end(session, descriptor))
         finally:
             self.abort()
         return descriptor
+
+    def _descriptor(self, media_type: str) -> Descriptor:
+        return Descriptor(media_type, f"sha256:{self._sum.hexdigest()}", self._size)
 
     def _end(self, session: Session, descriptor: Descriptor) -> None:
         try:
@@ -191,23 +217,27 @@ class BlobUpload:
             self._pool.shutdown(wait=True, cancel_futures=True)
         if self._session is not None:
             self._session.close()
-        self._buffer.clear()
+        self._buffer, self._spare, self._filled = bytearray(), bytearray(), 0
 
-    def _dispatch(self, piece: bytes) -> None:
-        """Send a piece in the background, after the one before it."""
-        if not piece:
+    def _dispatch(self) -> None:
+        """Send what the buffer holds in the background, after the piece before it."""
+        if not self._filled:
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "upload")
         self._land()
+        piece = memoryview(self._buffer)[: self._filled]
         self._flight = self._pool.submit(self._send, piece)
+        self._buffer, self._spare = self._spare, self._buffer
+        self._filled = 0
 
     def _land(self) -> None:
         flight, self._flight = self._flight, None
         if flight is not None:
             flight.result()
 
-    def _send(self, piece: bytes) -> None:
+    def _send(self, piece: memoryview) -> None:
+        self._sum.update(piece)
         if self._session is None:
             self._session = self._registry.again(self._registry.open_session)
         session, start, failed = self._session, self._sent, False

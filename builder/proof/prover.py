@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from builder.convert.bootlayer import extract_bootstrap
+from builder.convert.witness import Follower
 from builder.oci import media
+from builder.oci.ahead import PieceQueue, read_ahead
 from builder.oci.config import ImageConfig
 from builder.oci.errors import ImageError
 from builder.oci.place import BlobStore, LayerSource, Source, Target, verified_pieces
+from builder.oci.plain import plain_pieces
 from builder.oci.records import Descriptor, Manifest, describe, go_json
 from builder.output import write_file
 from builder.proof.compare import COMPARED, require_equal
 from builder.proof.entry import Entry, tree_digest
 from builder.proof.source import LayerItem, lay_together, read_layer
 from builder.proof.target import load_target
+from erofs.errors import error_context
 from erofs.rafs import Digester
 
 __all__ = ["Proof", "Prover", "SourceReader", "statement"]
@@ -30,6 +34,10 @@ PREDICATE_TYPE = "urn:nydus-erofs:conversion:v1"
 IN_TOTO = "application/vnd.in-toto+json"
 _PREDICATE_KEY = "in-toto.io/predicate-type"
 _EMPTY = b"{}"
+# Pieces of a layer that wait to be walked.
+_PIECES = 4
+# Layers that are followed: as many as are converted, which is for the converter to say.
+_MANY = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,19 @@ class Proof:
     content_bytes: int
 
 
+class _Follower:
+    """A layer on its way from the converter to the walker."""
+
+    def __init__(self, pieces: PieceQueue) -> None:
+        self._pieces = pieces
+
+    def feed(self, piece: bytes) -> None:
+        self._pieces.put(piece)
+
+    def end(self, error: BaseException | None = None) -> None:
+        self._pieces.end(error)
+
+
 class SourceReader:
     """Reads the layers of source images in the background, each once.
 
@@ -49,6 +70,7 @@ class SourceReader:
         chunk_bytes: length of the pieces that are digested.
         digester: of the pieces.
         at_once: layers that are read at the same time.
+        progress: called with numbers of content bytes.
     """
 
     def __init__(
@@ -64,16 +86,44 @@ class SourceReader:
         self._digester = digester
         self._progress = progress
         self._pool = ThreadPoolExecutor(at_once, "walk")
+        self._followers = ThreadPoolExecutor(_MANY, "follow")
+        self._diff_ids: dict[str, str] = {}
         self._layers: dict[str, Future[list[LayerItem]]] = {}
+
+    def expect(self, manifest: Manifest, config: ImageConfig) -> None:
+        """Hear of the layers of an image, each of which `read` or `follow` will name."""
+        for layer, diff_id in zip(manifest.layers, config.diff_ids, strict=True):
+            self._diff_ids.setdefault(layer.digest, diff_id)
 
     def begin(self, manifest: Manifest, config: ImageConfig) -> None:
         """Put the layers of an image on their way."""
-        for layer, diff_id in zip(manifest.layers, config.diff_ids, strict=True):
-            if layer.digest not in self._layers:
-                self._layers[layer.digest] = self._pool.submit(
-                    read_layer, self._source, layer, diff_id, self._chunk_bytes, self._digester,
-                    self._progress,
-                )  # fmt: skip
+        self.expect(manifest, config)
+        for layer in manifest.layers:
+            self.read(layer)
+
+    def read(self, layer: Descriptor) -> None:
+        """Put a layer on its way, from where it is stored."""
+        if layer.digest not in self._layers:
+            self._layers[layer.digest] = self._pool.submit(self._read, layer)
+
+    def follow(self, layer: Descriptor) -> _Follower:
+        """Return what takes the unpacked layer from somebody who has it.
+
+        What comes that way is the layer if it has the digest that the configuration promises.
+        """
+        pieces = PieceQueue(_PIECES)
+        self._layers[layer.digest] = self._followers.submit(self._walk, layer, pieces.pieces())
+        return _Follower(pieces)
+
+    def _read(self, layer: Descriptor) -> list[LayerItem]:
+        return self._walk(layer, read_ahead(plain_pieces(self._source, layer), _PIECES))
+
+    def _walk(self, layer: Descriptor, pieces: Generator[bytes]) -> list[LayerItem]:
+        with error_context(blob=layer.digest):
+            return read_layer(
+                pieces, self._diff_ids[layer.digest], self._chunk_bytes, self._digester,
+                self._progress,
+            )  # fmt: skip
 
     def tree(self, manifest: Manifest, config: ImageConfig) -> Entry:
         """Return the tree of an image; raise `NydusError`."""
@@ -83,7 +133,8 @@ class SourceReader:
 
     def close(self) -> None:
         """Wait for what is under way, and begin nothing more."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._pool, self._followers):
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _fresh(items: Sequence[LayerItem]) -> list[LayerItem]:
@@ -135,9 +186,17 @@ class Prover:
         self._publishes = publishes
         self._statements: list[bytes] = []
 
-    def begin(self, manifest: Manifest, config: ImageConfig) -> None:
-        """Read the source's layers while they are converted."""
-        self._reader.begin(manifest, config)
+    def expect(self, manifest: Manifest, config: ImageConfig) -> None:
+        """Hear of a source that will be converted."""
+        self._reader.expect(manifest, config)
+
+    def follow(self, layer: Descriptor) -> Follower:
+        """Return what is to see a layer that is converted now."""
+        return self._reader.follow(layer)
+
+    def read(self, layer: Descriptor) -> None:
+        """Read a layer that the converter does not unpack."""
+        self._reader.read(layer)
 
     def prove(self, manifest: Manifest, old: Manifest, config: ImageConfig) -> Proof:
         """Compare a stored image, whose manifest is not published, with its source.

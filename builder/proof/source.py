@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import stat
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from typing import IO, Any, BinaryIO, NamedTuple, cast
+from functools import partial
+from typing import IO, NamedTuple, cast
 
 from builder.errors import BuildError
-from builder.oci.place import LayerSource, PieceReader
-from builder.oci.records import Descriptor
+from builder.oci.plain import PIECE_BYTES
 from builder.proof.entry import Entry
-from builder.source.opening import open_tar
 from builder.tarpax import decode_pax
-from erofs.digest import digest
-from erofs.errors import IntegrityError, error_context
+from erofs.digest import function
+from erofs.errors import IntegrityError
 from erofs.layout import encode_device_number
 from erofs.rafs import Digester
 
@@ -46,22 +44,47 @@ class LayerItem(NamedTuple):
     link: tuple[bytes, ...] | None
 
 
-class _Summed(io.RawIOBase):
-    """A stream whose bytes are summed up while they are read."""
+class _Forward:
+    """Pieces as the file that the library reads: forward only, which is how it reads a tar."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        super().__init__()
-        self._stream = stream
-        self.sum = hashlib.sha256()
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._piece = b""
+        self._place = 0
+        self._position = 0
 
-    def readable(self) -> bool:
-        return True
+    def tell(self) -> int:
+        return self._position
 
-    def readinto(self, buffer: Any, /) -> int:
-        data = self._stream.read(len(buffer))
-        self.sum.update(data)
-        buffer[: len(data)] = data
-        return len(data)
+    def seek(self, position: int) -> None:
+        rest = position - self._position
+        if rest < 0:
+            raise tarfile.StreamError("seeking backwards")
+        while rest:
+            skipped = len(self.read(min(rest, PIECE_BYTES)))
+            if not skipped:
+                return
+            rest -= skipped
+
+    def read(self, size: int) -> bytes:
+        """Return as many bytes, fewer only at the end."""
+        data = self._piece[self._place : self._place + size]
+        self._place += len(data)
+        if len(data) < size:
+            data = self._read_on(data, size)
+        self._position += len(data)
+        return data
+
+    def _read_on(self, data: bytes, size: int) -> bytes:
+        parts, missing = [data], size - len(data)
+        while missing:
+            self._piece = next(self._pieces, b"")
+            if not self._piece:
+                break
+            parts.append(self._piece[:missing])
+            self._place = len(parts[-1])
+            missing -= self._place
+        return b"".join(parts)
 
 
 def _parts(name: str) -> tuple[bytes, ...]:
@@ -107,63 +130,77 @@ def _entry(member: tarfile.TarInfo) -> Entry:
     return entry
 
 
-def _digests(content: Any, piece_bytes: int, digester: Digester) -> tuple[bytes, ...]:
-    found = []
-    while piece := content.read(piece_bytes):
-        found.append(digest(digester, piece))
+def _digests(
+    tar: tarfile.TarFile,
+    stream: _Forward,
+    member: tarfile.TarInfo,
+    digest: Callable[[bytes], bytes],
+    length: int,
+) -> tuple[bytes, ...]:
+    """Return the digests of the pieces of a file's content, each of `length` bytes."""
+    if member.sparse is not None:
+        content = cast(IO[bytes], tar.extractfile(member))
+        return tuple(digest(piece) for piece in iter(partial(content.read, length), b""))
+    stream.seek(member.offset_data)
+    found, rest = [], member.size
+    while rest:
+        piece = stream.read(min(rest, length))
+        if not piece:
+            raise tarfile.ReadError("unexpected end of data")
+        rest -= len(piece)
+        found.append(digest(piece))
     return tuple(found)
 
 
 def read_layer(
-    source: LayerSource,
-    layer: Descriptor,
+    pieces: Generator[bytes],
     diff_id: str,
     chunk_bytes: int,
     digester: Digester,
     progress: Callable[[int], None] | None = None,
 ) -> list[LayerItem]:
-    """Read a layer once, and return its members with digests of their content.
+    """Read an unpacked layer, and return its members with digests of their content.
 
     Args:
-        source: has the layer.
-        layer: which one it is.
+        pieces: of the layer, read to the end.
         diff_id: digest of the plain layer that the configuration promises.
         chunk_bytes: length of the pieces that are digested.
         digester: of the pieces.
         progress: called with numbers of content bytes.
 
     Raises:
-        IntegrityError: it is not what descriptor or configuration promise.
+        IntegrityError: it is not what the configuration promises.
         BuildError: it is not a tar.
-        NydusError: it cannot be read.
+        NydusError: what the pieces raise.
     """
-    with (
-        error_context(blob=layer.digest),
-        closing(source.pieces(layer)) as pieces,
-        open_tar(cast(BinaryIO, PieceReader(pieces, layer.digest))) as plain,
-    ):
-        summed = _Summed(cast(BinaryIO, plain))
-        stream = io.BufferedReader(summed, 1 << 20)
-        items = list(_items(cast(IO[bytes], stream), chunk_bytes, digester, progress))
-        while stream.read(1 << 20):
+    total = hashlib.sha256()
+
+    def summed() -> Iterator[bytes]:
+        for piece in pieces:
+            total.update(piece)
+            yield piece
+
+    with closing(pieces):
+        rest = summed()
+        items = list(_items(_Forward(rest), chunk_bytes, digester, progress))
+        for _ in rest:
             pass
-        found = f"sha256:{summed.sum.hexdigest()}"
-        if found != diff_id:
-            raise IntegrityError("plain layer has another digest", expected=diff_id, got=found)
-        for _ in pieces:
-            pass
+    found = f"sha256:{total.hexdigest()}"
+    if found != diff_id:
+        raise IntegrityError("plain layer has another digest", expected=diff_id, got=found)
     return items
 
 
 def _items(
-    stream: IO[bytes],
+    stream: _Forward,
     chunk_bytes: int,
     digester: Digester,
     progress: Callable[[int], None] | None,
 ) -> Iterator[LayerItem]:
+    digest = function(digester)
     try:
         with tarfile.open(
-            fileobj=stream, mode="r|", encoding="utf-8", errors="surrogateescape"
+            fileobj=cast(IO[bytes], stream), mode="r:", encoding="utf-8", errors="surrogateescape"
         ) as tar:
             for member in tar:
                 # What was read is not needed again; the library would keep every header.
@@ -174,8 +211,7 @@ def _items(
                 entry = _entry(member)
                 link = _parts(member.linkname) if member.islnk() else None
                 if member.isreg() and entry.size:
-                    content = tar.extractfile(member)
-                    entry.digests = _digests(content, chunk_bytes, digester)
+                    entry.digests = _digests(tar, stream, member, digest, chunk_bytes)
                     if progress is not None:
                         progress(entry.size)
                 yield LayerItem(parts, entry, link)

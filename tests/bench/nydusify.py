@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from tests.bench.measure import BenchError, child, module, run, started, take_turns
+from tests.bench.measure import BenchError, Turns, Usage, child, fresh, module, run, started
 from tests.bench.report import OURS, Row
 from tests.bench.source import Settings
 from tests.debian_image import make_debian_layout
@@ -43,7 +43,6 @@ class NydusifyBench:
         self._tree = tree
         self._directory = directory
         self._log = directory / "nydusify.log"
-        self._peaks: dict[str, int] = {}
         self._number = 0
         self._host = ""
 
@@ -88,54 +87,64 @@ class NydusifyBench:
             self._log,
         )  # fmt: skip
 
-    def _command(self, peer: Path | None) -> list[str]:
-        return module("builder.nydusify") if peer is None else [str(peer)]
+    def _command(self, peer: Path | None, name: str) -> list[str]:
+        """Return the first words of a command line; the real tool needs real programs."""
+        if peer is None:
+            return [*module("builder.nydusify"), name]
+        words = [str(peer), name]
+        if self._settings.image_peer is not None:
+            words += ["--nydus-image", str(self._settings.image_peer)]
+        if name == "check" and self._settings.daemon_peer is not None:
+            words += ["--nydusd", str(self._settings.daemon_peer)]
+        return words
 
-    def _run(self, label: str, command: list[str]) -> float:
-        usage = run(command, self._log)
-        self._peaks[label] = max(self._peaks.get(label, 0), usage.peak_bytes)
-        return usage.seconds
-
-    def _convert(self, label: str, peer: Path | None, words: list[str]) -> float:
+    def _convert(self, peer: Path | None, words: list[str]) -> Usage:
         self._number += 1
         target = f"{self._host}/target{self._number}:n"
         if peer is not None:
             words = [word for word in words if word != "--no-proof"]
-        return self._run(
-            label,
-            [*self._command(peer), "convert", "--source", f"{self._host}/source:v1", "--target",
+        return run(
+            [*self._command(peer, "convert"), "--source", f"{self._host}/source:v1", "--target",
              target, "--plain-http", "--work-dir", str(self._directory / "work"), *words],
+            self._log,
         )  # fmt: skip
 
-    def _floor(self) -> float:
+    def _floor(self) -> Usage:
         self._number += 1
-        work = self._directory / f"floor{self._number}"
-        work.mkdir()
-        return run(
-            child("nydusify_floor", self._host, f"floor{self._number}", work), self._log
-        ).seconds
+        with fresh(self._directory, f"floor{self._number}") as work:
+            return run(child("nydusify_floor", self._host, f"floor{self._number}", work), self._log)
 
     def _row(self, name: str, goal: str, words: list[str], *, floor: bool = False) -> Row:
-        peer = self._settings.nydusify_peer
-        variants = {OURS: partial(self._convert, OURS, None, words)}
+        variants = {OURS: partial(self._convert, None, words)}
         if floor:
             variants["floor"] = self._floor
+        return self._measured(name, goal, variants, lambda peer: self._convert(peer, words))
+
+    def _measured(
+        self,
+        name: str,
+        goal: str,
+        variants: dict[str, Callable[[], Usage]],
+        peer_run: Callable[[Path], Usage],
+    ) -> Row:
+        peer = self._settings.nydusify_peer
         if peer is not None:
-            variants["peer"] = partial(self._convert, "peer", peer, words)
-        seconds = take_turns(variants, self._settings.rounds)
-        note = f"goal {_GOALS[goal]} times the peer; peak {self._peaks[OURS] >> 20} MiB"
-        facts = {f"{label}_peak_bytes": float(peak) for label, peak in self._peaks.items()}
-        return Row(f"nydusify {name}", seconds, note, facts)
+            variants["peer"] = partial(peer_run, peer)
+        turns = Turns(self._settings.rounds)
+        turns.take(variants)
+        return Row(
+            f"nydusify {name}", turns.seconds, cpu_seconds=turns.cpu_seconds,
+            peak_bytes=turns.peak_bytes, bars={"peer": _GOALS[goal]},
+        )  # fmt: skip
 
     def _check(self) -> Row:
-        self._convert(OURS, None, ["--no-proof"])
+        self._convert(None, ["--no-proof"])
         words = [
-            "check", "--source", f"{self._host}/source:v1", "--target",
+            "--source", f"{self._host}/source:v1", "--target",
             f"{self._host}/target{self._number}:n", "--work-dir", str(self._directory / "check"),
         ]  # fmt: skip
-        peer = self._settings.nydusify_peer
-        variants = {OURS: partial(self._run, OURS, [*self._command(None), *words])}
-        if peer is not None:
-            variants["peer"] = partial(self._run, "peer", [*self._command(peer), *words])
-        seconds = take_turns(variants, self._settings.rounds)
-        return Row("nydusify check", seconds, f"goal {_GOALS['check']} times the peer")
+
+        def check(peer: Path | None) -> Usage:
+            return run([*self._command(peer, "check"), *words], self._log)
+
+        return self._measured("check", "check", {OURS: partial(check, None)}, check)

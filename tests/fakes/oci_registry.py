@@ -18,8 +18,8 @@ OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 class Fault:
     """What happens to the next requests that match: status, reset, lose, truncate, stall, damage.
 
-    `lose` does what was asked for and closes the connection instead of answering; `skip`
-    requests go well before.
+    `expire` ends every token before it looks at that of the request; `lose` does what was
+    asked for and closes the connection instead of answering; `skip` requests go well before.
     """
 
     method: str
@@ -49,11 +49,14 @@ class _Handler(_RegistryHandler):
 
     def _route(self):
         self.lost = self.damage = self.cut = False
-        self.body = self._body() if self.command in ("POST", "PATCH", "PUT") else b""
         parts = urlsplit(self.path)
         if parts.path == "/token":
-            self._token_request(parts)
+            if self.command == "GET":
+                super().do_GET()
+            else:
+                super().do_POST()
             return
+        self.body = self._body() if self.command in ("POST", "PATCH", "PUT") else b""
         fault = self._fault()
         if fault is not None and isinstance(fault.what, int):
             self._reply(fault.what, **fault.headers)
@@ -67,6 +70,8 @@ class _Handler(_RegistryHandler):
             return
         if fault is not None and fault.what == "ignore-range":
             del self.headers["Range"]
+        if fault is not None and fault.what == "expire":
+            self.server.fake.revoke_tokens()
         self.lost = fault is not None and fault.what == "lose"
         self.damage = fault is not None and fault.what == "damage"
         self.cut = fault is not None and fault.what == "truncate"
@@ -76,17 +81,6 @@ class _Handler(_RegistryHandler):
             self._serve_image(parts)
 
     do_GET = do_HEAD = do_POST = do_PATCH = do_PUT = do_DELETE = _route  # noqa: N815
-
-    def _token_request(self, parts):
-        if self.command == "GET":
-            super().do_GET()
-            return
-        # The body was read; the next request of this connection has one of its own.
-        self._body = lambda: self.body
-        try:
-            super().do_POST()
-        finally:
-            del self._body
 
     def _reply(self, status, body=b"", **headers):
         fake = self.server.fake

@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 from builder.errors import BuildError
-from erofs.console import LOG_LEVELS, CommandParser, ProgressLine
+from erofs.console import LOG_LEVELS, CommandParser
 
 __all__ = [
-    "Progress",
     "add_bootstrap_arguments",
     "add_config",
     "bootstrap_path",
@@ -54,28 +51,6 @@ def number(text: str) -> int:
 def read_patterns() -> list[bytes]:
     """Read prefetch patterns, one a line, from standard input."""
     return sys.stdin.buffer.read().splitlines()
-
-
-class Progress:
-    """Counts bytes for the progress line of a command; silent where nobody watches."""
-
-    def __init__(self, what: str) -> None:
-        self._line = ProgressLine(what)
-        self._done = 0
-        self._lock = threading.Lock()
-
-    def callback(self) -> Callable[[int], None] | None:
-        """Return the function to hand to the library, None when nobody watches."""
-        return self._advance if self._line.enabled else None
-
-    def _advance(self, count: int) -> None:
-        with self._lock:
-            self._done += count
-            self._line.show(self._done)
-
-    def end(self) -> None:
-        """Take the line away again."""
-        self._line.end()
 
 
 def add_bootstrap_arguments(parser: CommandParser) -> None:

@@ -13,10 +13,11 @@ from builder import stargz
 from builder.attributes import parse_attributes
 from builder.build import BuildOptions, BuildResult, SourceType, build
 from builder.chunkdict import dictionary_path
-from builder.cli.common import Progress, read_patterns
+from builder.cli.common import read_patterns
 from builder.cli.createwords import COMPRESSORS, DIGESTERS, SOURCE_TYPES, add_options
 from builder.errors import BuildError
 from builder.prefetch import PrefetchPolicy
+from builder.progress import Progress
 from builder.report import owner_events, report, write_report
 from builder.source.options import SourceOptions, WhiteoutSpec
 from erofs.cipher import BlobCipher

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.backends import blob_directory
-from builder.cli.common import Progress, number
+from builder.cli.common import number
 from builder.errors import BuildError
 from builder.export import ExportOptions, ExportResult, VerityOptions, export_block
 from builder.output import write_file
+from builder.progress import Progress
 from builder.report import REPORT_MODE, write_report
 from erofs.console import package_version
 from erofs.verity import NYDUS_FILLER, HashTree

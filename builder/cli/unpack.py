@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from builder.cli.backendwords import add_backend_type, add_blob, chosen_backend
-from builder.cli.common import Progress, add_bootstrap_arguments, bootstrap_path
+from builder.cli.common import add_bootstrap_arguments, bootstrap_path
+from builder.progress import Progress
 from builder.unpack import unpack
 
 if TYPE_CHECKING:

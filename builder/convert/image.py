@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -130,10 +131,12 @@ class ImageConverter:
         self._witness = witness
         self._pool = ThreadPoolExecutor(options.layers_at_once, "layer")
         self._layers: dict[str, Future[ConvertedLayer]] = {}
+        self._stop = threading.Event()
         self.cached = 0
 
     def close(self) -> None:
-        """Wait for what is under way, and begin nothing more."""
+        """Stop what is under way, which is nothing when all went well, and wait for that."""
+        self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def begin(self, image: SourceImage) -> None:
@@ -154,7 +157,9 @@ class ImageConverter:
             descriptor, undescribed = found
             tail = read_tail(self._blobs, descriptor)
             return ConvertedLayer(descriptor, layer, tail, undescribed)
-        made = convert_layer(self._source, self._blobs, layer, self._options, self._witness)
+        made = convert_layer(
+            self._source, self._blobs, layer, self._options, self._witness, self._stop
+        )
         if self._cache is not None:
             self._cache.note(made)
         return made
@@ -162,7 +167,9 @@ class ImageConverter:
     def convert(self, image: SourceImage) -> ConvertedImage:
         """Wait for the layers of an image, and store the rest of it; raise `NydusError`."""
         self.begin(image)
-        layers = tuple(self._layers[one.digest].result() for one in image.manifest.layers)
+        futures = [self._layers[one.digest] for one in image.manifest.layers]
+        failed = [one for one in wait(futures, None, FIRST_EXCEPTION).done if one.exception()]
+        layers = tuple(one.result() for one in failed or futures)
         work = self._options.work / f"image-{image.descriptor.hex}"
         work.mkdir(parents=True, exist_ok=True)
         bootstrap = work / "image.boot"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
@@ -14,7 +15,7 @@ from builder.convert.options import ConvertOptions
 from builder.convert.tail import LayerTail, read_tail
 from builder.convert.witness import Witness, followed
 from builder.oci import media
-from builder.oci.ahead import read_ahead
+from builder.oci.ahead import read_ahead, until
 from builder.oci.errors import ImageError
 from builder.oci.place import BlobStore, PieceReader, Source
 from builder.oci.plain import PIECE_BYTES, plain_pieces
@@ -73,6 +74,7 @@ def convert_layer(
     layer: Descriptor,
     options: ConvertOptions,
     witness: Witness | None = None,
+    stop: threading.Event | None = None,
 ) -> ConvertedLayer:
     """Build a layer while it is read, and send it while it is built.
 
@@ -84,15 +86,17 @@ def convert_layer(
         layer: which one it is.
         options: how to convert.
         witness: sees the unpacked layer, too.
+        stop: set when the layer is not wanted any more.
 
     Raises:
         NydusError: the layer cannot be read, built or sent; says which one.
     """
-    attempt = 1
+    attempt, stop = 1, stop or threading.Event()
     while True:
+        content = until(stop, _content(source, layer, options, witness))
         try:
             with error_context(blob=layer.digest):
-                descriptor, undescribed = _convert(source, target, layer, options, witness)
+                descriptor, undescribed = _convert(content, target, layer, options)
             break
         except UploadLost as error:
             if attempt >= options.layer_attempts:
@@ -113,16 +117,11 @@ def _content(
 
 
 def _convert(
-    source: Source,
-    target: BlobStore,
-    layer: Descriptor,
-    options: ConvertOptions,
-    witness: Witness | None,
+    content: Generator[bytes], target: BlobStore, layer: Descriptor, options: ConvertOptions
 ) -> tuple[Descriptor, list[bytes]]:
     built = _build_options(options)
     undescribed: list[bytes] = []
     reading = replace(built.source, undescribed=undescribed)
-    content = _content(source, layer, options, witness)
     with closing(read_ahead(content, _PIECES_AHEAD)) as pieces:
         upload = target.begin()
         try:

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_FAILURE = 1
 EXIT_NO_COMMAND = 3
+_ENDED_BY_SIGNAL = 128
 _GC_THRESHOLD = 500_000
 
 _GLOBAL = (
@@ -74,8 +75,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
-        # To look for cycles in trees of many nodes, again and again, takes a tenth of the time.
-        gc.set_threshold(_GC_THRESHOLD)
+        return _alone(words)
+    return _main(words)
+
+
+def _alone(words: list[str]) -> int:
+    """Run the command line as a process of its own."""
+    # To look for cycles in trees of many nodes, again and again, takes a tenth of the time.
+    gc.set_threshold(_GC_THRESHOLD)
+    status = _main(words)
+    if status > _ENDED_BY_SIGNAL:
+        # What may still run waits for a registry that does not answer.
+        logging.shutdown()
+        os._exit(status)
+    return status
+
+
+def _main(words: list[str]) -> int:
     environment = dict(os.environ)
     set_up_logging(logging.INFO, None)
     command: Command | None = None
@@ -119,5 +135,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.critical("%s%s", place, error.strerror or error)
         return EXIT_FAILURE
     except KeyboardInterrupt as stop:
-        logger.critical("interrupted; nothing was published")
+        logger.critical("interrupted; no image is half-published")
         return exit_status(stop)

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from builder.oci.names import parse_reference
 from builder.oci.place import BlobStore, Source, Target
 from builder.oci.records import Manifest
 from builder.output import write_file
+from builder.progress import Progress
 from builder.proof.prover import Prover, SourceReader
 from erofs.console import package_version
 from erofs.rafs import Compressor, Digester
@@ -171,6 +172,7 @@ def convert_one(
         place = places.target(
             target, values.flag("target-insecure"), values.text("target-archive"), source
         )
+        progress = _progress(values, "converting", stack)
         options = ConvertOptions(
             work=work,
             builder_version=package_version(),
@@ -185,6 +187,7 @@ def convert_one(
             platforms=values.text("platform"),
             patterns=_patterns(values),
             dictionary=_dictionary(values, places, work),
+            progress=progress,
         )
         prover = None
         if not values.flag("no-proof"):
@@ -295,6 +298,7 @@ def _prover(
         version=options.builder_version,
         file=None if where in ("referrer", "none") else Path(where),
         publishes=where != "none",
+        progress=_progress(values, "comparing", stack),
     )
 
 
@@ -306,6 +310,15 @@ def _hook(environment: Mapping[str, str], stack: ExitStack) -> HookPlugin | None
     hook = HookPlugin(Path(path), environment)
     stack.callback(hook.close)
     return hook
+
+
+def _progress(values: Values, what: str, stack: ExitStack) -> Callable[[int], None] | None:
+    """Return what tells bytes on a terminal; images of a list would write over each other."""
+    if values.text("source-file"):
+        return None
+    progress = Progress(what)
+    stack.callback(progress.end)
+    return progress.callback()
 
 
 def _patterns(values: Values) -> tuple[bytes, ...]:

@@ -5,8 +5,20 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Generator
+from contextlib import closing
 
-__all__ = ["PieceQueue", "read_ahead"]
+from builder.oci.errors import ImageError
+
+__all__ = ["PieceQueue", "read_ahead", "until"]
+
+
+def until(stop: threading.Event, pieces: Generator[bytes]) -> Generator[bytes]:
+    """Yield pieces as long as somebody wants them; raise `ImageError` when nobody does."""
+    with closing(pieces):
+        for piece in pieces:
+            if stop.is_set():
+                raise ImageError("stopped, since something else failed")
+            yield piece
 
 
 class PieceQueue:

@@ -166,6 +166,7 @@ def check_tree(
     path: Path,
     blobs: Source | Backend,
     mounted: Callable[[TargetTree], Entry] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Compare the trees of both images, and read every chunk of the target.
 
@@ -174,13 +175,14 @@ def check_tree(
         path: of the target's bootstrap.
         blobs: where the target's data is.
         mounted: gives the target's tree as the kernel shows it, in place of our reader.
+        progress: called with numbers of content bytes of the source.
 
     Raises:
         TreesDiffer: they are not equal; names the first differences.
         NydusError: something cannot be read, or is not what it should be.
     """
     tree = load_target(path)
-    reader = SourceReader(source.source, tree.chunk_bytes, tree.digester, _LAYERS_AT_ONCE)
+    reader = SourceReader(source.source, tree.chunk_bytes, tree.digester, _LAYERS_AT_ONCE, progress)
     try:
         reader.begin(source.manifest, source.config)
         if mounted is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from builder.convert.bootlayer import extract_bootstrap
 from builder.convert.witness import Follower
 from builder.oci import media
-from builder.oci.ahead import PieceQueue, read_ahead
+from builder.oci.ahead import PieceQueue, read_ahead, until
 from builder.oci.config import ImageConfig
 from builder.oci.errors import ImageError
 from builder.oci.place import BlobStore, LayerSource, Source, Target, verified_pieces
@@ -89,6 +90,7 @@ class SourceReader:
         self._followers = ThreadPoolExecutor(_MANY, "follow")
         self._diff_ids: dict[str, str] = {}
         self._layers: dict[str, Future[list[LayerItem]]] = {}
+        self._stop = threading.Event()
 
     def expect(self, manifest: Manifest, config: ImageConfig) -> None:
         """Hear of the layers of an image, each of which `read` or `follow` will name."""
@@ -116,7 +118,8 @@ class SourceReader:
         return _Follower(pieces)
 
     def _read(self, layer: Descriptor) -> list[LayerItem]:
-        return self._walk(layer, read_ahead(plain_pieces(self._source, layer), _PIECES))
+        pieces = until(self._stop, plain_pieces(self._source, layer))
+        return self._walk(layer, read_ahead(pieces, _PIECES))
 
     def _walk(self, layer: Descriptor, pieces: Generator[bytes]) -> list[LayerItem]:
         with error_context(blob=layer.digest):
@@ -132,7 +135,8 @@ class SourceReader:
         return lay_together([_fresh(items) for items in layers])
 
     def close(self) -> None:
-        """Wait for what is under way, and begin nothing more."""
+        """Stop what is under way, which is nothing when all went well, and wait for that."""
+        self._stop.set()
         for pool in (self._pool, self._followers):
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -160,6 +164,7 @@ class Prover:
         version: of this program.
         file: for the statements instead of the target; None for the target.
         publishes: whether statements are stored at all.
+        progress: called with numbers of content bytes that were read back.
     """
 
     def __init__(
@@ -174,6 +179,7 @@ class Prover:
         version: str,
         file: Path | None = None,
         publishes: bool = True,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
         self._source = source
         self._target = target
@@ -184,6 +190,7 @@ class Prover:
         self._version = version
         self._file = file
         self._publishes = publishes
+        self._progress = progress
         self._statements: list[bytes] = []
 
     def expect(self, manifest: Manifest, config: ImageConfig) -> None:
@@ -216,7 +223,7 @@ class Prover:
         path = self._work / f"proof-{layer.hex}.boot"
         extract_bootstrap(verified_pieces(self._target, layer), layer, path)
         tree = load_target(path)
-        content = tree.verify_blobs(self._blobs)
+        content = tree.verify_blobs(self._blobs, self._progress)
         require_equal(self._reader.tree(old, config), tree.root)
         digest, names = tree_digest(tree.root)
         path.unlink()

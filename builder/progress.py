@@ -1,0 +1,32 @@
+"""How far something has come, told on a terminal; command lines make it, the library calls it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from erofs.console import ProgressLine
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """Counts bytes for the progress line of a command; silent where nobody watches."""
+
+    def __init__(self, what: str) -> None:
+        self._line = ProgressLine(what)
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def callback(self) -> Callable[[int], None] | None:
+        """Return the function to hand to the library, None when nobody watches."""
+        return self._advance if self._line.enabled else None
+
+    def _advance(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            self._line.show(self._done)
+
+    def end(self) -> None:
+        """Take the line away again."""
+        self._line.end()

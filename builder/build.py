@@ -150,7 +150,9 @@ class _Builder:
                 writer, form, self.dedup, options.progress, options.workers
             ) as chunker,
         ):
-            root = load_layer(source, writer, chunker, options.chunk_size, options.source)
+            root = load_layer(
+                source, writer, chunker, options.chunk_size, options.source, options.layer_digest
+            )
             chunker.finish()
         self.result.stats = chunker.stats
         return root, writer

@@ -15,6 +15,7 @@ from builder.options import BuildResult
 from builder.overlay import apply_layer
 from builder.prefetch import PrefetchPolicy, find_node, parse_patterns, pattern_nodes
 from builder.source.options import WhiteoutSpec
+from builder.throughlinks import follow_links
 from erofs import AnyBootstrap, Bootstrap, BootstrapSpec, Node
 from erofs.rafs import BlobEntry, BlobFeatures, Compressor, SuperFlags
 from erofs.tree import iter_directories
@@ -127,6 +128,7 @@ class _Merger:
             known = () if number is None or not paths else paths[number]
             nodes = (find_node(tree, path) for path in known)
             kept = {id(node) for node in nodes if node is not None}
+            follow_links(self.root, tree, kept)
             tree = apply_layer(self.root, tree, self.options.whiteout_spec, kept)
         self.root, self.last = tree, image
 

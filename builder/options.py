@@ -69,6 +69,8 @@ class BuildOptions:
             a blob; nothing is compressed then.
         inline_bootstrap: put the metadata into the blob; then `bootstrap` must be None.
         blob_id: name to use in place of the SHA-256, or of a layer that is not there.
+        layer_digest: SHA-256 in hex of a layer that is referred to, when the caller knows it and
+            looks at it.
         blob_meta: path for the compression table of such a layer, in the form of caches.
         blob_data_size: length of such a layer in bytes, as far as it is known.
         blob_offset: where the blob will begin in what holds it, in bytes.
@@ -92,6 +94,7 @@ class BuildOptions:
     blob_cache_dir: Path | None = None
     inline_bootstrap: bool = False
     blob_id: str | None = None
+    layer_digest: str | None = None
     blob_meta: Path | None = None
     blob_data_size: int | None = None
     blob_offset: int = 0

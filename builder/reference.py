@@ -234,8 +234,17 @@ def load_layer(
     chunker: ReferenceChunker,
     chunk_size: int,
     options: SourceOptions,
+    blob_id: str | None = None,
 ) -> Node:
     """Read a layer to its very end; return its tree.
+
+    Args:
+        source: the layer.
+        writer: is told what the layer is.
+        chunker: takes the content of files.
+        chunk_size: that of the build.
+        options: how the tar is read.
+        blob_id: SHA-256 of the layer in hex, when the caller knows it and checks it.
 
     Raises:
         BuildError: it is broken, or of a kind that cannot be referred to.
@@ -245,7 +254,7 @@ def load_layer(
         head = raw.peek(_MAGIC_BYTES)[:_MAGIC_BYTES]
         if is_zstd(head):
             raise BuildError("zstd cannot be read from the middle: convert it with targz-rafs")
-        measured = MeasuredStream(raw)
+        measured = MeasuredStream(raw, digest=blob_id is None)
         zran = None
         if is_gzip(head):
             with ZranStream(measured, chunk_size) as zran:
@@ -256,5 +265,5 @@ def load_layer(
             chunker.places = _TarPlaces(measured)
             root = load_tar(measured, name, chunker, options, in_place=True)
         measured.drain()
-        writer.set_layer(Layer(measured.hexdigest(), measured.position), zran)
+        writer.set_layer(Layer(blob_id or measured.hexdigest(), measured.position), zran)
     return root

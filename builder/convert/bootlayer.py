@@ -84,7 +84,11 @@ def write_bootstrap_layer(
     Raises:
         NydusError: the target does not take it.
     """
-    plain, packer, checksum, length = hashlib.sha256(), zlib.compressobj(_LEVEL, wbits=-15), 0, 0
+    # Half the time of zlib, for nearly the same size.
+    from zlib_ng import zlib_ng
+
+    plain, packer = hashlib.sha256(), zlib_ng.compressobj(_LEVEL, wbits=-15)
+    checksum, length = 0, 0
     upload = target.begin()
     try:
         upload.write(_GZIP_HEADER)

@@ -46,12 +46,12 @@ class ConvertedLayer(NamedTuple):
     undescribed: tuple[bytes, ...] = ()
 
 
-def _build_options(options: ConvertOptions) -> BuildOptions:
+def _build_options(options: ConvertOptions, layer: Descriptor) -> BuildOptions:
     """Return what the real converter asks of its builder (spec tools 2.14)."""
     if options.oci_ref:
         return BuildOptions(
             source_type=SourceType.TARGZ_REF, inline_bootstrap=True, toc=True,
-            chunk_size=options.chunk_size, progress=options.progress,
+            chunk_size=options.chunk_size, progress=options.progress, layer_digest=layer.hex,
         )  # fmt: skip
     return BuildOptions(
         source_type=SourceType.TAR,
@@ -119,7 +119,7 @@ def _content(
 def _convert(
     content: Generator[bytes], target: BlobStore, layer: Descriptor, options: ConvertOptions
 ) -> tuple[Descriptor, list[bytes]]:
-    built = _build_options(options)
+    built = _build_options(options, layer)
     undescribed: list[bytes] = []
     reading = replace(built.source, undescribed=undescribed)
     with closing(read_ahead(content, _PIECES_AHEAD)) as pieces:

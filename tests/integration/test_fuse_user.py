@@ -19,6 +19,10 @@ from capabilities import CI, requires
 from serving import ROOT, build_image, wait_until, write_config
 from treecompare import differences, read_tree
 
+from tests.fakes.oci_image import Image, layer, member
+from tests.fakes.oci_registry import OciRegistry
+from tests.nydusify_images import nydusify
+
 pytestmark = [pytest.mark.root, requires("root", "fuse")]
 
 NOBODY = 65534
@@ -200,3 +204,38 @@ def test_what_takes_root_says_so(user, transport):
     assert b"Error: " in err
     assert b"Traceback" not in err
     assert not user.is_mounted
+
+
+_BY_NAME = {
+    "nydusify": ("builder.nydusify", "mount", "--work-dir", "work", "--plain-http", "--target"),
+    "nydusd": ("fscache", "erofs", "--image"),
+}
+
+
+@pytest.mark.parametrize("program", _BY_NAME)
+def test_image_is_mounted_by_its_name(user, tmp_path, program):
+    """From a reference to a tree, lazily out of the registry, without privilege."""
+    content = b"content" * 300_000
+    # The command starts the daemon by the same interpreter, which may lie in root's home.
+    user._become = _BECOME + _READ
+    option = "--mount-path" if program == "nydusify" else "--mountpoint"
+    with OciRegistry() as registry:
+        Image([layer(member("dir/file", content))]).add(registry.repository("app"), "v1")
+        target = f"{registry.host}/app:n"
+        words = ("convert", "--source", f"{registry.host}/app:v1", "--target", target)
+        done = nydusify(*words, "--plain-http", "--work-dir", tmp_path)
+        assert done.status == 0, done.stderr
+        log = user.home / "log"
+        with log.open("wb") as file:
+            words = [user.python, "-m", *_BY_NAME[program], target, option, user.top]
+            process = user.start(*words, stderr=file)
+        wait_until(lambda: user.is_mounted or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
+        assert user.run("cat", user.top / "dir" / "file")[1] == content
+        assert user.run("ls", user.top)[1] == b"dir\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT) == 0, log.read_text()
+        assert not user.is_mounted
+    assert "Traceback" not in log.read_text()
+    left = [path for path in user.home.glob("work/*") if path.exists()]
+    assert left == []

@@ -80,3 +80,31 @@ def test_exports_side_by_side_run_on_our_daemon(make_rig, busybox):
             name, "big", "empty", "fifo", "link", "old", "x",
             hashlib.sha256(data).hexdigest(), "-", "2", "fifo",
         ]  # fmt: skip
+
+
+_ON_TOP = """\
+FROM {base}
+RUN test -e /data/added && test ! -e /data/gone && echo above > /etc/hostname && echo new > /data/x
+"""
+
+
+def test_image_of_nydusify_is_a_base_image(make_rig, image, layers):
+    """BuildKit unpacks each blob by the builder, builds on that, and makes blobs of all of it."""
+    rig = make_rig("dedicated")
+    buildkit = BuildKit(rig)
+    base = rig.push(image)
+    reference = buildkit.export("above:n", _ON_TOP.format(base=base), {})
+    assert buildkit.leftovers() == []
+    unpacked = [call for call in buildkit.calls if call[0] == "unpack"]
+    assert len(unpacked) == len(layers.tars)
+    # The base's own blobs are in the result as they are, and it runs on our daemon.
+    stored = {one["digest"][7:] for one in buildkit.manifest("above:n")["layers"]}
+    assert stored > set(image.blobs)
+    rig.pull(reference)
+    sums = {path: digest for path, digest in layers.sums.items() if path != "/etc/hostname"}
+    lines = rig.run(reference, f"sha256sum {' '.join(sorted(sums))}").splitlines()
+    assert {path: digest for digest, path in map(str.split, lines)} == sums
+    assert rig.run(reference, "cat /etc/hostname /data/x").split() == ["above", "new"]
+    names = rig.run(reference, "ls -a /data").split()
+    assert {"added", "x"} < set(names)
+    assert not {"gone", ".wh.gone"} & set(names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tarfile
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from builder.oci import media
 from builder.oci.config import ImageConfig
 from builder.oci.layout import LayoutSource
-from builder.oci.records import Index, Manifest
+from builder.oci.records import Manifest
 from builder.proof.checking import read_mounted
 from builder.proof.compare import require_equal
 from builder.proof.entry import Entry, walk
@@ -21,6 +22,8 @@ from builder.proof.prover import SourceReader
 from erofs.rafs import Digester
 from tests.capabilities import need_tool
 from tests.debian_image import debian_tar, make_debian_layout
+from tests.fakes.oci_image import Image, layer, member
+from tests.fakes.oci_registry import OciRegistry
 from tests.nydusify_images import nydusify
 
 HOST = "localhost:5878"
@@ -142,20 +145,46 @@ def _without_times(root: Entry) -> Entry:
     return root
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="umoci makes devices and owners as root only")
-def test_umoci_unpacks_the_tree_that_the_proof_compares(layouts, work):
-    """An independent program lays the layers together as our walker does."""
-    place = LayoutSource(layouts["gzip"])
-    top = Index.parse(place.document(place.resolve())).manifests[0]
-    manifest = Manifest.parse(place.document(top))
+def _laid_together(layout: Path) -> Entry:
+    """Return what the proof's walker makes of the image of a layout."""
+    place = LayoutSource(layout)
+    manifest = Manifest.parse(place.document(place.resolve()))
     reader = SourceReader(place, CHUNK, Digester.BLAKE3)
     try:
-        ours = reader.tree(manifest, ImageConfig.parse(place.document(manifest.config)))
+        return reader.tree(manifest, ImageConfig.parse(place.document(manifest.config)))
     finally:
         reader.close()
-    _skopeo("copy", f"oci:{layouts['gzip']}:latest", f"oci:{work}/one:latest")
-    theirs = _unpacked(work / "one", work / "unpacked")
-    require_equal(_without_times(ours), _without_times(theirs))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="umoci makes devices and owners as root only")
+def test_umoci_unpacks_the_tree_that_the_proof_compares(layouts, work):
+    """An independent program, which knows no zstd, lays the layers together as our walker does."""
+    one = work / "one"
+    _skopeo("copy", f"oci:{layouts['gzip']}:latest", f"oci:{one}:latest")
+    theirs = _unpacked(one, work / "unpacked")
+    require_equal(_without_times(_laid_together(one)), _without_times(theirs))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="umoci makes devices and owners as root only")
+def test_umoci_follows_links_of_lower_layers(work):
+    """Entries through a symlink of a layer below lie where it leads."""
+    lower = layer(
+        member("usr", kind=tarfile.DIRTYPE), member("usr/bin", kind=tarfile.DIRTYPE, mode=0o711),
+        member("usr/bin/old", b"old"), member("usr/bin/gone", b"gone"),
+        member("bin", kind=tarfile.SYMTYPE, linkname="usr/bin"),
+    )  # fmt: skip
+    upper = layer(member("bin/new", b"new"), member("bin/.wh.gone"))
+    layout = work / "links"
+    with OciRegistry() as server:
+        Image([lower, upper]).add(server.repository("app"), "v1")
+        words = ("--source", f"{server.host}/app:v1", "--plain-http")
+        done = nydusify("copy", *words, "--target", f"oci:{layout}:latest")
+        assert done.status == 0, done.stderr
+        done = nydusify("convert", *words, "--target", f"{server.host}/out:n", "--work-dir",
+                        work / "work")  # fmt: skip
+        assert done.status == 0, done.stderr
+    theirs = _unpacked(layout, work / "links-unpacked")
+    require_equal(_without_times(_laid_together(layout)), _without_times(theirs))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="umoci makes devices and owners as root only")

@@ -114,8 +114,15 @@ class SourceReader:
         What comes that way is the layer if it has the digest that the configuration promises.
         """
         pieces = PieceQueue(_PIECES)
-        self._layers[layer.digest] = self._followers.submit(self._walk, layer, pieces.pieces())
+        self._layers[layer.digest] = self._followers.submit(self._walk_along, layer, pieces)
         return _Follower(pieces)
+
+    def _walk_along(self, layer: Descriptor, pieces: PieceQueue) -> list[LayerItem]:
+        try:
+            return self._walk(layer, pieces.pieces())
+        finally:
+            # Whatever goes wrong here, the converter does not wait for this.
+            pieces.close()
 
     def _read(self, layer: Descriptor) -> list[LayerItem]:
         pieces = until(self._stop, plain_pieces(self._source, layer))

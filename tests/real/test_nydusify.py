@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tarfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from tests.fakes.oci_registry import OciRegistry
 from tests.nydusify_images import nydusify
 
 HOST = "localhost:5878"
+ROOT = Path(__file__).resolve().parents[2]
 CHUNK = 1 << 20
 START_SECONDS = 60
 _CONFIG = """\
@@ -202,6 +205,40 @@ def test_umoci_unpacks_what_was_converted_back(pushed, work):
         _without_times(_unpacked(work / tag, work / f"bundle-{tag}")) for tag in ("a", "b")
     )
     require_equal(first, second)
+
+
+@contextmanager
+def _mounted(target, work):
+    """Mount an image by its name; reads go to the registry."""
+    top = work / "mnt"
+    with (work / "mount.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "builder.nydusify", "mount", "--target", target, "--mount-path",
+             top, "--work-dir", work / "mount-work"],
+            cwd=ROOT, stdin=subprocess.DEVNULL, stderr=log,
+        )  # fmt: skip
+    try:
+        end = time.monotonic() + START_SECONDS
+        while not top.is_mount():
+            assert process.poll() is None, (work / "mount.log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        yield top
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
+    assert not top.is_mount()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="umoci makes devices and owners as root only")
+def test_umoci_unpacks_what_is_mounted(pushed, work):
+    _convert(pushed, work, "gzip", "mounted", "--no-proof")
+    _skopeo("copy", "--src-tls-verify=false", f"docker://{pushed}/debian:gzip",
+            f"oci:{work}/source:latest")  # fmt: skip
+    theirs = _unpacked(work / "source", work / "source-unpacked")
+    with _mounted(f"{pushed}/nydus:mounted", work) as top:
+        ours = read_mounted(top, CHUNK, Digester.BLAKE3)
+    require_equal(_without_times(theirs), _without_times(ours))
 
 
 def test_archives_of_skopeo_and_for_skopeo(pushed, work):

@@ -52,6 +52,7 @@ def _build_options(options: ConvertOptions, layer: Descriptor) -> BuildOptions:
         return BuildOptions(
             source_type=SourceType.TARGZ_REF, inline_bootstrap=True, toc=True,
             chunk_size=options.chunk_size, progress=options.progress, layer_digest=layer.hex,
+            workers=options.workers,
         )  # fmt: skip
     return BuildOptions(
         source_type=SourceType.TAR,
@@ -65,6 +66,7 @@ def _build_options(options: ConvertOptions, layer: Descriptor) -> BuildOptions:
         prefetch_policy=PrefetchPolicy.FS,
         prefetch_patterns=options.patterns,
         progress=options.progress,
+        workers=options.workers,
     )
 
 

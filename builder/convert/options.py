@@ -18,6 +18,8 @@ FS_VERSION = "6"
 # Layers that are read, built and sent at the same time; each has three pieces of an upload and
 # some chunks in memory.
 MAX_LAYERS = 3
+# More have nothing to do beside the one thread that walks a layer, and take memory each.
+MAX_WORKERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class ConvertOptions:
         patterns: prefetch patterns.
         dictionary: chunks that need not be stored.
         layers_at_once: how many layers are under way together.
+        workers: threads that digest and compress one layer.
         layer_attempts: how often a layer is begun whose upload the registry forgets.
         progress: called with numbers of content bytes.
     """
@@ -64,6 +67,7 @@ class ConvertOptions:
     patterns: tuple[bytes, ...] = (b"/",)
     dictionary: Dictionary | None = None
     layers_at_once: int = min(MAX_LAYERS, os.cpu_count() or 1)
+    workers: int = min(MAX_WORKERS, os.cpu_count() or 1)
     layer_attempts: int = 3
     progress: Callable[[int], None] | None = None
 

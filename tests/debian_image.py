@@ -63,8 +63,8 @@ def _packed(plain: Iterable[bytes], form: str, sums) -> Iterator[bytes]:
 def _add(tar, name, kind=tarfile.REGTYPE, content=b"", **more):
     info = tarfile.TarInfo(name)
     info.type, info.size, info.mode, info.mtime = kind, len(content), 0o644, 1_700_000_000
-    if kind == tarfile.DIRTYPE:
-        info.mode = 0o755
+    if kind in (tarfile.DIRTYPE, tarfile.SYMTYPE):
+        info.mode = 0o755 if kind == tarfile.DIRTYPE else 0o777
     for key, value in more.items():
         setattr(info, key, value)
     tar.addfile(info, io.BytesIO(content))

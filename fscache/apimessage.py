@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Generic, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from erofs.errors import NydusError
+from erofs.values import EMPTY, Value
 
 __all__ = ["DONE", "Answer", "Refusal", "Request", "Router", "text"]
 
 _D = TypeVar("_D")
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(Value):
     """Status and body: a JSON value, or bytes of another type; no body for None."""
 
     status: HTTPStatus
@@ -37,13 +36,12 @@ class Refusal(Exception):
         self.answer = Answer(status, {"code": "UNDEFINED", "message": message})
 
 
-@dataclass(slots=True)
-class Request:
+class Request(Value):
     """One request; `path` without the query."""
 
     method: str
     path: str
-    query: dict[str, str] = field(default_factory=dict)
+    query: Mapping[str, str] = EMPTY
     body: bytes = b""
 
     @classmethod

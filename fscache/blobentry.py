@@ -6,9 +6,9 @@ Pure functions from text to a frozen value, as `fscache.config`.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from erofs.values import Value, field
 from fscache.backend.config import backend_config
 from fscache.backend.table import ConfigError, ConfigTable
 from fscache.decode import (
@@ -29,8 +29,7 @@ class EntryError(ConfigError):
     """An entry whose type or name is understood, and refused."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlobEntry:
+class BlobEntry(Value):
     """One image.
 
     Args:
@@ -104,7 +103,7 @@ def _short_form(table: ConfigTable) -> tuple[DaemonConfig, Path | None]:
     backend = backend_config(kind, table.table("backend_config"), table, "backend_type")
     cache_type = table.get("cache_type", str, "")
     cache, work_dir = cache_config(table.table("cache_config"), cache_type, table, "cache_type")
-    cache = replace(cache, prefetch=prefetch_config(table.table("prefetch_config")))
+    cache = cache._replace(prefetch=prefetch_config(table.table("prefetch_config")))
     config = DaemonConfig(
         backend,
         work_dir,

@@ -8,11 +8,11 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from erofs.errors import NydusError
 from erofs.reader import open_bootstrap
+from erofs.values import Value
 from fscache.blobentry import BlobEntry
 
 __all__ = ["BlobRegistry", "RegistryError", "check_paths"]
@@ -22,8 +22,7 @@ class RegistryError(NydusError):
     """An entry that cannot be registered."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Registered:
+class _Registered(Value):
     """An entry, and the keys of the data blobs of its bootstrap."""
 
     entry: BlobEntry

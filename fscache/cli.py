@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -254,7 +253,7 @@ def _fuse_options(arguments: argparse.Namespace) -> NodeOptions:
     config = options.config
     if arguments.writable and options.bootstrap and config and config.overlay is None:
         raise ConfigError("overlay: missing, --writable needs its upper_dir and work_dir")
-    return replace(options, writable=arguments.writable, holder=True, exit_leaves=True)
+    return options._replace(writable=arguments.writable, holder=True, exit_leaves=True)
 
 
 def _set_open_files(wanted: int) -> None:
@@ -305,8 +304,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     options: NodeOptions = arguments.options(arguments)
     if manager.present:
         # It restarts what was killed: the holder does not have to.
-        options = replace(options, restart=())
-    options = replace(options, progress=progress.show)
+        options = options._replace(restart=())
+    options = options._replace(progress=progress.show)
     daemon = _node(options, arguments)
     # Looked at before the API server replaces the socket.
     waits = options.exit_leaves and (arguments.upgrade or _predecessor_crashed(arguments))

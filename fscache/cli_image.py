@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from erofs.console import CommandParser
@@ -113,14 +112,14 @@ def daemon_config(arguments: argparse.Namespace) -> DaemonConfig | None:
     if arguments.config is None:
         return None
     config = load_config(arguments.config)
-    return replace(config, backend=with_environment(config.backend, os.environ))
+    return config._replace(backend=with_environment(config.backend, os.environ))
 
 
 def filesystem_options(arguments: argparse.Namespace, mountpoint: Path) -> NodeOptions:
     """Return what is served first and how; raise `ConfigError`."""
     config = daemon_config(arguments)
     if config is not None and arguments.prefetch_files is not None:
-        config = replace(config, prefetch_files=read_prefetch_file(arguments.prefetch_files))
+        config = config._replace(prefetch_files=read_prefetch_file(arguments.prefetch_files))
     return NodeOptions(
         mountpoint,
         bootstrap=arguments.bootstrap,

@@ -8,7 +8,6 @@ its path; keys without effect are listed in `fscache.backend.table`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,7 +37,7 @@ def parse_config(text: str) -> DaemonConfig:
         expected = " or ".join(_SERVED_CACHE_TYPES)
         path = "device.cache.type" if old else "cache.type"
         raise ConfigError(f"{path}: expected {expected}, got '{config.cache.type}'")
-    return replace(config, text=text)
+    return config._replace(text=text)
 
 
 def load_config(path: Path) -> DaemonConfig:

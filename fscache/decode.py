@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +146,7 @@ def _rafs(table: ConfigTable, size: str, validate: str, prefetch: PrefetchConfig
 
 def _seeded(cache: CacheConfig, rafs: RafsConfig) -> CacheConfig:
     """Return the cache with the file system's prefetch, unless it has its own (tools 4.1)."""
-    return cache if cache.prefetch.enable else replace(cache, prefetch=rafs.prefetch)
+    return cache if cache.prefetch.enable else cache._replace(prefetch=rafs.prefetch)
 
 
 def version1(top: ConfigTable) -> DaemonConfig:
@@ -158,8 +157,7 @@ def version1(top: ConfigTable) -> DaemonConfig:
     place.finish()
     kind = cache_table.get("type", str, "")
     cache, work_dir = cache_config(cache_table.table("config"), kind, cache_table)
-    cache = replace(
-        cache,
+    cache = cache._replace(
         compressed=cache_table.get("compressed", bool, False),
         validate=cache_table.get("validate", bool, False),
     )
@@ -203,8 +201,7 @@ def _version2_cache(table: ConfigTable) -> tuple[CacheConfig, Path]:
     used = table.table("fscache" if kind == "fscache" else "filecache")
     cache, work_dir = cache_config(used, kind, table)
     table.skip("fscache", "filecache")
-    cache = replace(
-        cache,
+    cache = cache._replace(
         compressed=table.get("compressed", bool, False),
         validate=table.get("validate", bool, False),
         prefetch=_version2_prefetch(table.table("prefetch")),

@@ -9,7 +9,6 @@ and the cache of the blob is the same as for every other image on it.
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -71,4 +70,4 @@ def put_right(plan: BlobPlan, table: CompressionTable) -> BlobPlan:
         blob_toc_size=0,
         ci_compressor=header.ci_compressor,
     )
-    return replace(plan, entry=mended, chunks=chunks)
+    return plan._replace(entry=mended, chunks=chunks)

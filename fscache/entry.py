@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from erofs.errors import NydusError
+from erofs.values import EMPTY, Value, field
 from fscache.config import DaemonConfig
 from fscache.image import ROOT, Progress, ServedImage
 from fscache.place import PlainMount
@@ -19,8 +19,7 @@ class TableError(NydusError):
     """A mount that is there already, is not there, or has a path that cannot be."""
 
 
-@dataclass(frozen=True, slots=True)
-class NodeOptions:
+class NodeOptions(Value):
     """What a node daemon begins with.
 
     Args:
@@ -50,7 +49,7 @@ class NodeOptions:
     follow: bool = False
     id: str | None = None
     supervisor: str | None = None
-    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    environment: Mapping[str, str] = field(default=EMPTY, repr=False)
     transport: Transport = Transport.AUTO
     directio: bool = False
     progress: Progress | None = None
@@ -59,7 +58,6 @@ class NodeOptions:
     exit_leaves: bool = False
 
 
-@dataclass(slots=True)
 class Entry:
     """One mount of the table: an image, or a directory that is passed through.
 
@@ -69,11 +67,21 @@ class Entry:
     `source` is the directory that is passed through.
     """
 
-    path: str
-    mounted_at: float
-    image: ServedImage | None
-    bind: PlainMount | None
-    key: str = ""
-    source: str = ""
-    adopted: bool = False
-    kind: str = ""
+    def __init__(
+        self,
+        path: str,
+        mounted_at: float,
+        image: ServedImage | None,
+        bind: PlainMount | None,
+        key: str = "",
+        source: str = "",
+        *,
+        adopted: bool = False,
+    ) -> None:
+        self.path = path
+        self.mounted_at = mounted_at
+        self.image = image
+        self.bind = bind
+        self.key = key
+        self.source = source
+        self.adopted = adopted

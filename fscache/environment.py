@@ -8,7 +8,6 @@ request, Docker's configuration gives credentials when nothing else does, and th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from fscache.backend.config import is_header
@@ -41,9 +40,9 @@ def with_environment(config: BackendConfig, environment: Mapping[str, str]) -> B
         return config
     headers = _headers(environment)
     if headers:
-        config = replace(config, headers={**config.headers, **headers})
+        config = config._replace(headers={**config.headers, **headers})
     if isinstance(config, RegistryConfig):
-        config = replace(config, credentials=_credentials(config, environment))
+        config = config._replace(credentials=_credentials(config, environment))
         folder = environment.get(HOSTS_VARIABLE)
         if folder:
             config = with_hosts(config, Path(folder))

@@ -12,10 +12,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from erofs.errors import CodecError, NydusError
+from erofs.values import Value
 from fscache.backend.base import ShortRead, Unavailable
 from fscache.blobmap import BlobMap
 from fscache.cachedblob import CachedBlob, Unpacker
@@ -42,8 +42,7 @@ _AMID_READERS = 2
 _STUCK_SECONDS = 600.0
 
 
-@dataclass(frozen=True, slots=True)
-class FetcherOptions:
+class FetcherOptions(Value):
     """Bounds of a `Fetcher`; times in seconds, sizes in bytes.
 
     Args:

@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from erofs.values import Value
 from fscache.cachedblob import CachedBlob
 
 __all__ = ["ROOT", "ImageOptions", "Mount", "MountJob", "Progress"]
@@ -19,8 +19,7 @@ Progress = Callable[[int, int], None]
 ROOT = "/"
 
 
-@dataclass(frozen=True, slots=True)
-class ImageOptions:
+class ImageOptions(Value):
     """How an image is mounted.
 
     Args:

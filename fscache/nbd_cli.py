@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,7 +71,7 @@ def nbd_options(arguments: argparse.Namespace) -> NbdOptions:
         if entry.metadata_path is None:
             raise ConfigError("metadata_path: missing", path=arguments.config)
         bootstrap, config, name = entry.metadata_path, entry.config, entry.id or None
-        config = replace(config, backend=with_environment(config.backend, os.environ))
+        config = config._replace(backend=with_environment(config.backend, os.environ))
     elif arguments.bootstrap is not None:
         directory = arguments.localfs_dir
         if not directory.is_dir():

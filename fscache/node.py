@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from erofs.errors import NydusError
@@ -178,8 +177,7 @@ class NodeDaemon(Lifecycle):
             return options.config
         config = parse_config(record.config)
         listed = record.prefetch_files
-        return replace(
-            config,
+        return config._replace(
             backend=with_environment(config.backend, options.environment),
             prefetch_files=tuple(map(os.fsencode, listed.split("\0"))) if listed else None,
         )

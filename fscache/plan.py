@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from erofs import Bootstrap, CorruptStructure, NydusError, error_context, open_bootstrap
 from erofs.inlined import blob_ids
 from erofs.rafs import BlobEntry, BlobFeatures, ChunkInfo
+from erofs.values import Value
 from erofs.view import align_down
 from fscache.tarpieces import in_pieces
 
@@ -19,8 +19,7 @@ class PlanError(NydusError):
     """A bootstrap that cannot be opened."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlobPlan:
+class BlobPlan(Value):
     """One blob: its table entry, and the chunks of it that files refer to; of a tar all pieces.
 
     `tables_id` names the blob with the tables of an original layer, others have none.
@@ -31,8 +30,7 @@ class BlobPlan:
     tables_id: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ImagePlan:
+class ImagePlan(Value):
     """The blobs in device order, and the size of the image's blocks in bytes."""
 
     blobs: list[BlobPlan]

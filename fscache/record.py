@@ -7,9 +7,9 @@ processes of the same user and are never logged or written to a file.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from typing import Self
 
+from erofs.values import Value, field
 from fscache.holder.link import HolderError
 
 __all__ = ["KERNEL_CACHE", "ImageRecord", "PlainRecord"]
@@ -27,24 +27,21 @@ def _take(values: Mapping[str, object], key: str, kind: type) -> object:
     return value
 
 
-class _Record:
+class _Record(Value):
     """A flat record of JSON values."""
-
-    kind: str
 
     def to_dict(self) -> dict[str, object]:
         """Return the values for the holder."""
-        return asdict(self)  # type: ignore[call-overload,no-any-return]  # a dataclass
+        return self._asdict()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> Self:
         """Check and take the values of a holder; raise `HolderError`."""
         kinds = {"str": str, "int": int, "float": float, "bool": bool}
-        fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
-        return cls(**{name: _take(values, name, kinds[item.type]) for name, item in fields.items()})
+        fields = cls.__annotations__
+        return cls(**{name: _take(values, name, kinds[kind]) for name, kind in fields.items()})
 
 
-@dataclass(frozen=True, slots=True)
 class ImageRecord(_Record):
     """A lazily served image; its bootstrap goes along as a descriptor.
 
@@ -78,7 +75,6 @@ class ImageRecord(_Record):
     kind: str = "image"
 
 
-@dataclass(frozen=True, slots=True)
 class PlainRecord(_Record):
     """A mount that needs nobody to serve it: `bind` of a source, or `tmpfs`."""
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
@@ -113,7 +112,7 @@ def _mount_words(request: Request) -> _MountWords:
 def _image_config(daemon: NodeDaemon, words: _MountWords) -> DaemonConfig:
     config = parse_config(words.config)
     backend = with_environment(config.backend, daemon.options.environment)
-    return replace(config, backend=backend, prefetch_files=words.prefetch_files)
+    return config._replace(backend=backend, prefetch_files=words.prefetch_files)
 
 
 def _mount(daemon: NodeDaemon, request: Request) -> Answer:

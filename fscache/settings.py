@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from erofs.values import EMPTY, Value, field
 from fscache.backend.settings import BackendConfig
 
 __all__ = [
@@ -20,8 +20,7 @@ __all__ = [
 MIB = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class PrefetchConfig:
+class PrefetchConfig(Value):
     """Reading ahead of demand; sizes in bytes.
 
     Args:
@@ -41,8 +40,7 @@ class PrefetchConfig:
     stream_prefetch: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class CacheConfig:
+class CacheConfig(Value):
     """How blobs are cached; `DaemonConfig.work_dir` says where.
 
     Args:
@@ -66,8 +64,7 @@ class CacheConfig:
     prefetch: PrefetchConfig = PrefetchConfig()
 
 
-@dataclass(frozen=True, slots=True)
-class RafsConfig:
+class RafsConfig(Value):
     """How the file system behaves; `batch_size` in bytes.
 
     Args:
@@ -91,25 +88,22 @@ class RafsConfig:
     prefetch: PrefetchConfig = PrefetchConfig()
 
 
-@dataclass(frozen=True, slots=True)
-class OverlayConfig:
+class OverlayConfig(Value):
     """Directories of a writable layer."""
 
     upper_dir: Path
     work_dir: Path
 
 
-@dataclass(frozen=True, slots=True)
-class ExternalBackend:
+class ExternalBackend(Value):
     """A backend of files that are stored outside of the image, as it was written down."""
 
     type: str
-    patch: Mapping[str, str] = field(default_factory=dict)
-    config: Mapping[str, str] = field(default_factory=dict, repr=False)
+    patch: Mapping[str, str] = EMPTY
+    config: Mapping[str, str] = field(default=EMPTY, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class DaemonConfig:
+class DaemonConfig(Value):
     """What the daemon needs to know to serve one image.
 
     Args:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -39,16 +38,16 @@ def prepare_work_dir(work_dir: Path) -> None:
         raise CacheError.of("cache directory cannot be made", error, path=work_dir) from error
 
 
-@dataclass(slots=True)
 class Shared:
     """An open blob and the readers of the images that hold it.
 
     `ignored` is True while the kernel has been told that it need not ask for the blob.
     """
 
-    blob: CachedBlob
-    readers: list[BlobReader]
-    ignored: bool = False
+    def __init__(self, blob: CachedBlob, readers: list[BlobReader]) -> None:
+        self.blob = blob
+        self.readers = readers
+        self.ignored = False
 
 
 class Domain:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from erofs.values import EMPTY, Value, field
 from fscache.blobentry import BlobEntry
 from fscache.blobs import BlobRegistry
 from fscache.events import ErrorRing
@@ -30,8 +30,7 @@ logger = logging.getLogger(__name__)
 _HANDOVER_SECONDS = 15.0
 
 
-@dataclass(frozen=True, slots=True)
-class SingletonOptions:
+class SingletonOptions(Value):
     """What a singleton daemon begins with.
 
     Args:
@@ -50,7 +49,7 @@ class SingletonOptions:
     fscache: Path | None = None
     tag: str | None = None
     threads: int = 4
-    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    environment: Mapping[str, str] = field(default=EMPTY, repr=False)
 
 
 class SingletonDaemon(Lifecycle):

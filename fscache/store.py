@@ -22,10 +22,10 @@ import logging
 import os
 import secrets
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 
 from erofs.errors import NydusError
+from erofs.values import Value
 
 __all__ = ["Orphan", "ServeDirectory", "StoreError", "take_stale"]
 
@@ -183,8 +183,7 @@ def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-@dataclass(frozen=True, slots=True)
-class Orphan:
+class Orphan(Value):
     """A marked directory that nobody listens to; names and places of its file systems."""
 
     store: ServeDirectory

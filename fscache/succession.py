@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from erofs.errors import NydusError
+from erofs.values import Value
 from fscache.config import DaemonConfig
 from fscache.holder.link import HeldRecord, Inheritance
 from fscache.image import ServedImage
@@ -23,8 +23,7 @@ logger = logging.getLogger(__name__)
 ConfigFor = Callable[[ImageRecord], DaemonConfig]
 
 
-@dataclass(frozen=True, slots=True)
-class Adopted:
+class Adopted(Value):
     """A mount that was taken over and is in its place."""
 
     path: str

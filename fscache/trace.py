@@ -13,7 +13,6 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from erofs import Bootstrap, open_bootstrap
@@ -72,16 +71,23 @@ def _columns(
     return starts, ends, array("Q", (extents[start][1] for start in starts))
 
 
-@dataclass(slots=True)
 class FileReads:
     """What was read of one file: `first` is `time.time()` of the first read, sizes in bytes."""
 
-    nid: int
-    first: float
-    reads: int = 0
-    failed: int = 0
-    data_read: int = 0
-    sizes: list[int] = field(default_factory=lambda: [0] * 8)
+    def __init__(self, nid: int, first: float) -> None:
+        self.nid = nid
+        self.first = first
+        self.reads = 0
+        self.failed = 0
+        self.data_read = 0
+        self.sizes = [0] * 8
+
+    def copy(self) -> FileReads:
+        """Return the counters as they are now."""
+        other = FileReads(self.nid, self.first)
+        other.reads, other.failed, other.data_read = self.reads, self.failed, self.data_read
+        other.sizes = list(self.sizes)
+        return other
 
     def count(self, begin: float, length: int, *, failed: bool) -> None:
         """Count one read, in any order of time."""
@@ -154,7 +160,7 @@ class Trace:
         """Return the files that were read, first read first; copies. Raises `FormatError`."""
         with self._lock:
             self._count()
-            copies = [replace(reads, sizes=list(reads.sizes)) for reads in self._reads.values()]
+            copies = [reads.copy() for reads in self._reads.values()]
         return sorted(copies, key=lambda reads: reads.first)
 
     def paths(self, nids: Iterable[int]) -> dict[int, bytes]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from erofs.console import CommandParser
@@ -54,4 +53,4 @@ def virtiofs_options(arguments: argparse.Namespace) -> NodeOptions:
     """Return what is served first; raise `ConfigError`."""
     tell_ignored(arguments, _WITHOUT_EFFECT)
     # Directories are the guest's to write to, and get mounts of the runtime later on.
-    return replace(filesystem_options(arguments, TREE), writable=True, follow=True)
+    return filesystem_options(arguments, TREE)._replace(writable=True, follow=True)

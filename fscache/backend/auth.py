@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
@@ -184,8 +183,8 @@ class Authorizer:
             if token is not None:
                 self._token, self._challenge = token, challenge
                 if token.identity_token and self._credentials and self._credentials.identity_token:
-                    self._credentials = replace(
-                        self._credentials, identity_token=token.identity_token
+                    self._credentials = self._credentials._replace(
+                        identity_token=token.identity_token
                     )
                 self._backoff = self._quiet_until = 0.0
 

@@ -11,8 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 
+from erofs.values import Value
 from fscache.backend.base import AuthError, BackendError, Unavailable
 
 __all__ = ["Breaker", "Circuit"]
@@ -20,8 +20,7 @@ __all__ = ["Breaker", "Circuit"]
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Circuit:
+class Circuit(Value):
     """State of a circuit; times in seconds of one clock.
 
     Args:
@@ -57,13 +56,13 @@ class Circuit:
 
     def begun(self) -> Circuit:
         """Return the circuit after a request that `wait` let through has begun."""
-        return self if self.pause == 0.0 else replace(self, probing=True)
+        return self if self.pause == 0.0 else self._replace(probing=True)
 
     def succeeded(self) -> Circuit:
         """Return the circuit after a success."""
         if self.failures == 0:
             return self
-        return replace(self, failures=0, since=0.0, pause=0.0, open_until=0.0, probing=False)
+        return self._replace(failures=0, since=0.0, pause=0.0, open_until=0.0, probing=False)
 
     def failed(self, now: float, *, probe: bool) -> Circuit:
         """Return the circuit after a failure, of a probe or of another request."""
@@ -71,17 +70,16 @@ class Circuit:
             if not probe:
                 return self  # began before the circuit opened
             pause = min(self.pause * 2, self.max_pause)
-            return replace(
-                self,
+            return self._replace(
                 failures=self.failures + 1,
                 pause=pause,
                 open_until=now + pause,
                 probing=False,
             )
         since = self.since if self.failures else now
-        after = replace(self, failures=self.failures + 1, since=since)
+        after = self._replace(failures=self.failures + 1, since=since)
         if after.failures >= self.limit and now - after.since >= self.patience:
-            return replace(after, pause=self.first_pause, open_until=now + self.first_pause)
+            return after._replace(pause=self.first_pause, open_until=now + self.first_pause)
         return after
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
+from erofs.values import Value, field
 from fscache.backend.base import AuthError
 
 __all__ = ["Challenge", "Token", "choose_challenge", "parse_challenges", "parse_token"]
@@ -26,16 +26,14 @@ _ITEM = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Challenge:
+class Challenge(Value):
     """How a server wants to be convinced: scheme in small letters, parameters."""
 
     scheme: str
     parameters: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(Value):
     """A bearer token; times in seconds of the clock of whoever keeps it.
 
     Args:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult
 
+from erofs.values import Value
 from fscache.backend.base import BackendError
 from fscache.backend.config import is_header
 from fscache.backend.sender import split_address
@@ -25,8 +25,7 @@ SIZE_LIMIT = 1 << 20
 _DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
 
 
-@dataclass(frozen=True, slots=True)
-class RegistryHosts:
+class RegistryHosts(Value):
     """What a file says of a registry.
 
     Args:
@@ -84,8 +83,7 @@ def with_hosts(config: RegistryConfig, directory: Path) -> RegistryConfig:
     if config.mirrors or config.proxy is not None:
         return config
     hosts = registry_hosts(directory, config.host)
-    return replace(
-        config,
+    return config._replace(
         mirrors=hosts.mirrors,
         skip_verify=config.skip_verify or hosts.skip_verify,
         ca_cert_files=(*config.ca_cert_files, *hosts.ca_cert_files),
@@ -115,8 +113,7 @@ def _decode(value: dict[str, Any], path: Path, host: str) -> RegistryHosts:
         _split(url)
         entry = hosts.table(url)
         if _is_origin(url, host):
-            found = replace(
-                found,
+            found = found._replace(
                 skip_verify=entry.get("skip_verify", bool, False),
                 ca_cert_files=_authorities(entry, value["host"][url], path.parent),
                 scheme=_split(url).scheme,
@@ -130,7 +127,7 @@ def _decode(value: dict[str, Any], path: Path, host: str) -> RegistryHosts:
         mirror = _mirror(server, table, value, path.parent)
         if mirror is not None:
             mirrors.append(mirror)
-    return replace(found, mirrors=tuple(mirrors))
+    return found._replace(mirrors=tuple(mirrors))
 
 
 def _split(url: str) -> SplitResult:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from erofs.values import Value
 from fscache.backend.base import Unavailable
 from fscache.backend.health import Health, pinger
 from fscache.backend.sender import Body, Sender, host_of, split_address
@@ -29,8 +29,7 @@ _TAG = re.compile(r"/manifests/(?!sha256:)")
 _SECRET = ("authorization", "cookie", "proxy-authorization")
 
 
-@dataclass(frozen=True, slots=True)
-class _Mirror:
+class _Mirror(Value):
     base: str
     config: MirrorConfig
     sender: Sender

@@ -7,9 +7,9 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
+from erofs.values import Value
 from fscache.backend.base import BackendError
 from fscache.backend.settings import BackendConfig, NetworkConfig
 
@@ -19,8 +19,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
+class RetryPolicy(Value):
     """Repetition of temporary failures; times in seconds.
 
     The defaults give nydusd's four tries (tools 5.4) with pauses of its own, and leave, with

@@ -8,9 +8,10 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
+
+from erofs.values import EMPTY, Value, field
 
 __all__ = [
     "BackendConfig",
@@ -26,8 +27,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
+class Credentials(Value):
     """A user's name and password, or the identity token that a login gave in their place."""
 
     username: str = field(repr=False)
@@ -54,8 +54,7 @@ class Credentials:
         return f"Basic {base64.b64encode(pair).decode()}"
 
 
-@dataclass(frozen=True, slots=True)
-class LocalFsConfig:
+class LocalFsConfig(Value):
     """Backend `localfs` (tools 4.4): one file for every id, or directories of files by id."""
 
     dir: Path | None = None
@@ -63,16 +62,14 @@ class LocalFsConfig:
     alt_dirs: tuple[Path, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class LocalDiskConfig:
+class LocalDiskConfig(Value):
     """Backend `localdisk` (tools 4.4): blobs as partitions of a disk, or the disk as one blob."""
 
     device_path: Path
     disable_gpt: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ProxyConfig:
+class ProxyConfig(Value):
     """An HTTP proxy (tools 4.4.1); times in seconds.
 
     Args:
@@ -92,8 +89,7 @@ class ProxyConfig:
     use_http: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class MirrorConfig:
+class MirrorConfig(Value):
     """A mirror of a backend's host (tools 4.4.2); times in seconds.
 
     Args:
@@ -111,7 +107,7 @@ class MirrorConfig:
     """
 
     host: str
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    headers: Mapping[str, str] = field(default=EMPTY, repr=False)
     ping_url: str = field(default="", repr=False)
     health_check_interval: float = 5.0
     failure_limit: int = 5
@@ -123,8 +119,7 @@ class MirrorConfig:
     shares_credentials: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NetworkConfig:
+class NetworkConfig(Value, kw_only=True):
     """What all network backends have; times in seconds.
 
     Args:
@@ -148,10 +143,9 @@ class NetworkConfig:
     transfer_timeout: float = 45.0
     proxy: ProxyConfig | None = None
     mirrors: tuple[MirrorConfig, ...] = ()
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    headers: Mapping[str, str] = field(default=EMPTY, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
 class HttpProxyConfig(NetworkConfig):
     """Backend `http-proxy` (tools 4.4).
 
@@ -164,7 +158,6 @@ class HttpProxyConfig(NetworkConfig):
     path: str = ""
 
 
-@dataclass(frozen=True, slots=True)
 class RegistryConfig(NetworkConfig):
     """Backend `registry` (tools 4.4): blobs of one repository.
 
@@ -187,7 +180,6 @@ class RegistryConfig(NetworkConfig):
     blob_redirected_host: str = ""
 
 
-@dataclass(frozen=True, slots=True)
 class ObjectStoreConfig(NetworkConfig):
     """Backends `oss` and `s3` (tools 4.4): objects of one bucket.
 

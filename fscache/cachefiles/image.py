@@ -10,7 +10,6 @@ import errno
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,7 +78,7 @@ class KernelImage:
         self._lock = threading.Lock()
         self._prefetching = False
         backend = with_environment(entry.config.backend, services.environment)
-        config = replace(entry.config, backend=backend)
+        config = entry.config._replace(backend=backend)
         # Where it is mounted is nobody's business here.
         self._image = ServedImage(config, path, Path("/"), kept)
         with ExitStack() as stack:

@@ -6,10 +6,10 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
 
 from erofs.errors import NydusError
+from erofs.values import Value
 from fscache.blobentry import BlobEntry
 from fscache.blobs import BlobRegistry
 from fscache.cachefiles.cache import KernelCache
@@ -39,8 +39,7 @@ _INSTEAD = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class CacheOptions:
+class CacheOptions(Value):
     """The kernel's cache.
 
     Args:

@@ -17,11 +17,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import fscache
 from erofs.errors import NydusError
+from erofs.values import Value
 from fscache.holder.wire import Message, WireError, receive, send
 
 __all__ = ["HeldDomain", "HeldRecord", "HolderError", "HolderLink", "Inheritance"]
@@ -42,8 +42,7 @@ class HolderError(NydusError):
     """No holder can be started or found, or another worker has it."""
 
 
-@dataclass(frozen=True, slots=True)
-class HeldDomain:
+class HeldDomain(Value):
     """A work directory with its marked directory; the descriptors are the receiver's."""
 
     work_dir: Path
@@ -53,8 +52,7 @@ class HeldDomain:
     journal: int
 
 
-@dataclass(frozen=True, slots=True)
-class HeldRecord:
+class HeldRecord(Value):
     """What a worker noted under a key, and the descriptors it gave, now the receiver's."""
 
     key: str
@@ -62,13 +60,13 @@ class HeldRecord:
     descriptors: list[int]
 
 
-@dataclass(slots=True)
 class Inheritance:
     """Everything that a holder had; empty from a new one. `leader` is a worker that lives."""
 
-    domains: list[HeldDomain] = field(default_factory=list)
-    records: list[HeldRecord] = field(default_factory=list)
-    leader: int | None = None
+    def __init__(self) -> None:
+        self.domains: list[HeldDomain] = []
+        self.records: list[HeldRecord] = []
+        self.leader: int | None = None
 
     def close(self) -> None:
         """Close all descriptors."""

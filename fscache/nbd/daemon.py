@@ -7,11 +7,11 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from erofs import open_bootstrap
 from erofs.inlined import blob_ids
+from erofs.values import Value
 from fscache.backend import open_backend
 from fscache.backend.retry import retry_policy
 from fscache.bootfile import mountable_bootstrap
@@ -44,8 +44,7 @@ _CLOSE_SECONDS = 10.0
 _TELL_SECONDS = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class NbdOptions:
+class NbdOptions(Value):
     """What is served, and where: `device` or `socket`, or both.
 
     Args:

@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,7 +76,7 @@ class Served:
         self.image = image
         options = NodeOptions(self.top)
         if mounted:
-            options = replace(options, bootstrap=image.bootstrap, config=self.config)
+            options = options._replace(bootstrap=image.bootstrap, config=self.config)
         self.start(options)
 
     def start(self, options):
@@ -265,7 +264,7 @@ def test_a_complete_cache_is_recorded_all_the_same(serving, image):
 
     # A second image on the same cache is recorded; then nobody needs the events any more.
     other = serving.mountpoint()
-    config = replace(served.config, rafs=RECORD)
+    config = served.config._replace(rafs=RECORD)
     runtime = served.daemon.runtime
     recorded = runtime.mount(config, image.bootstrap, other, ImageOptions())
     assert not shared.ignored

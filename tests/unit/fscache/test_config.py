@@ -2,7 +2,6 @@
 
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -253,10 +252,9 @@ PREFETCH = PrefetchConfig(True, 3, 5, 6, False, True)
 
 @pytest.mark.parametrize("text", [FULL_V1, FULL_V2], ids=["v1", "v2"])
 def test_every_key(text, caplog):
-    expected = replace(
-        FULL,
-        cache=replace(FULL.cache, prefetch=PREFETCH),
-        rafs=replace(FULL.rafs, prefetch=PREFETCH),
+    expected = FULL._replace(
+        cache=FULL.cache._replace(prefetch=PREFETCH),
+        rafs=FULL.rafs._replace(prefetch=PREFETCH),
     )
     assert parse_config(text) == expected
     messages = [record.getMessage() for record in caplog.records]

@@ -6,7 +6,7 @@ protects against who has that; they are kept out of messages all the same.
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -52,9 +52,9 @@ class BlobCipher:
     def generate(cls) -> BlobCipher:
         """Return a cipher with a new random key and IV."""
         while True:
-            key = secrets.token_bytes(KEY_SIZE)
+            key = os.urandom(KEY_SIZE)
             if key[:UNIT] != key[UNIT:]:
-                return cls(key, secrets.token_bytes(IV_SIZE))
+                return cls(key, os.urandom(IV_SIZE))
 
     def __repr__(self) -> str:
         return "BlobCipher(...)"

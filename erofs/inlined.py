@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from erofs import framing, rafs
 from erofs.errors import BadMagic, OutOfBounds, error_context
-from erofs.opening import AnyBootstrap
 from erofs.view import ReadAt, View
+
+if TYPE_CHECKING:
+    from erofs.opening import AnyBootstrap
 
 __all__ = ["blob_ids", "load_inlined_bootstrap", "read_inlined_bootstrap"]
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from erofs import BadMagic, FormatError, UnsupportedFeature, error_context, open_bootstrap
 from erofs.inlined import load_inlined_bootstrap
-from erofs.v5.layout import is_v5
 from erofs.view import View
 from fscache.cachefile import CacheError, read_whole, replace
 from fscache.plan import PlanError
@@ -53,6 +52,9 @@ def _converted(path: Path) -> bytes | None:
 
 
 def _is_v5(path: Path) -> bool:
+    # Loaded here, as what follows: most images are RAFS v6.
+    from erofs.v5.layout import is_v5
+
     try:
         with path.open("rb") as file:
             return is_v5(View(file.read(_MAGIC_BYTES)))
@@ -61,7 +63,6 @@ def _is_v5(path: Path) -> bool:
 
 
 def _translated(path: Path) -> bytes:
-    # Loaded here: most images are RAFS v6.
     from erofs import BootstrapV5, open_rafs, translate
 
     with error_context(path=path), open_rafs(path) as image:

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,8 +44,9 @@ class CacheError(NydusError):
 @contextmanager
 def _temporary(directory: Path, content: bytes, size: int) -> Iterator[Path]:
     """Make a synced file of `content` and a hole up to `size` bytes, for the block."""
-    fd, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=directory)
-    temporary = Path(name)
+    # Not by `tempfile`, which takes 5 ms to load; as many bits, so that no two have one name.
+    temporary = directory / f".{os.urandom(8).hex()}.tmp"
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         try:
             os.ftruncate(fd, size)

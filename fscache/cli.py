@@ -8,7 +8,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -30,26 +30,24 @@ from fscache.cli_words import add_names, address, conflict, megabytes, missing
 from fscache.config import ConfigError
 from fscache.daemonlog import set_up_daemon_log
 from fscache.memory import bound_arenas
-from fscache.nbd_cli import add_nbd, nbd_options
 from fscache.node import NodeDaemon, NodeOptions
 from fscache.place import mounted_at
-from fscache.singleton import SingletonDaemon
-from fscache.singleton_cli import add_singleton, singleton_options, waits_for_take_over
 from fscache.systemd import Notifier, Watchdog
 from fscache.transport import Transport
-from fscache.virtiofs_cli import add_virtiofs
 
 if TYPE_CHECKING:
     from fscache.nbd.daemon import NbdDaemon
+    from fscache.singleton import SingletonDaemon
 
 __all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
+_AddWords = Callable[[CommandParser], None]
+
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 DEFAULT_OPEN_FILES = 1_000_000
-_COMMANDS = ("erofs", "fuse", "virtiofs", "singleton", "nbd", "doctor")
 
 
 def _process() -> CommandParser:
@@ -81,9 +79,9 @@ def _process() -> CommandParser:
     return common
 
 
-def _serving(process: CommandParser) -> CommandParser:
+def _serving() -> CommandParser:
     """Options of daemons that mount something."""
-    common = CommandParser(add_help=False, parents=[process])
+    common = CommandParser(add_help=False, parents=[_process()])
     common.add_argument(
         "--prometheus", type=address, metavar="<prometheus>",
         help="Serve metrics to Prometheus at [ADDRESS:]PORT, without an address on loopback only",
@@ -95,9 +93,9 @@ def _serving(process: CommandParser) -> CommandParser:
     return common
 
 
-def _common(serving: CommandParser) -> CommandParser:
+def _common() -> CommandParser:
     """Options of daemons that mount something where they are told to."""
-    common = CommandParser(add_help=False, parents=[serving])
+    common = CommandParser(add_help=False, parents=[_serving()])
     common.add_argument(
         "-M", "--mountpoint", type=Path, required=True, metavar="<mountpoint>",
         help="Existing directory to mount at",
@@ -105,51 +103,19 @@ def _common(serving: CommandParser) -> CommandParser:
     return common
 
 
-def _parser() -> CommandParser:
-    process = _process()
-    serving = _serving(process)
-    common = _common(serving)
+def _parser(chosen: str | None) -> CommandParser:
+    """Know all sub-commands, and the words of the chosen one: those of others take time to load."""
     parser = CommandParser(
         prog="nydusd",
         description="Serve container images to the kernel's EROFS, fetching what is read",
     )
     parser.add_argument("-V", "--version", action="store_true", help="Print version")
     commands = parser.add_subparsers(title="Commands", dest="command", metavar="<COMMAND>")
-    erofs = commands.add_parser(
-        "erofs", parents=[common], help="mount one image through the kernel's EROFS",
-        description="Mount one image through the kernel's EROFS and serve it until told to"
-        " stop (SIGINT, SIGTERM, or PUT /api/v1/daemon/exit)",
-    )  # fmt: skip
-    _add_erofs(erofs)
-    fuse = commands.add_parser(
-        "fuse", parents=[common], help="serve images below one mount point, as clients ask",
-        description="Serve images below one mount point. The name is the original's: what is"
-        " mounted is the kernel's EROFS",
-    )  # fmt: skip
-    _add_fuse(fuse)
-    virtiofs = commands.add_parser(
-        "virtiofs", parents=[serving], help="serve images to one virtual machine",
-        description="Serve images and directories to a virtual machine, which mounts them by"
-        " virtio-fs: one private tree, exported by the system's virtiofsd",
-    )  # fmt: skip
-    add_virtiofs(virtiofs)
-    singleton = commands.add_parser(
-        "singleton", parents=[process], help="serve the kernel's cachefiles, mount nothing",
-        description="Serve the API, and to the kernel's cachefiles what clients register",
-    )  # fmt: skip
-    add_singleton(singleton)
-    nbd = commands.add_parser(
-        "nbd", parents=[process], help="serve one image as a block device, no mount",
-        description="Serve one image as a raw disk, that of `nydus-image export --block`: as a"
-        " block device of the kernel's NBD, or at a socket",
-    )  # fmt: skip
-    add_nbd(nbd)
-    doctor = commands.add_parser(
-        "doctor", help="tell what this machine can do, and what would enable more",
-        description="Try what this kernel, privilege and file system allow, and print a table."
-        " Exit status 0: images can be read lazily; 1: they cannot",
-    )  # fmt: skip
-    _add_doctor(doctor)
+    for name, (summary, description, shared, add) in _COMMANDS.items():
+        parents = [shared()] if name == chosen and shared is not None else []
+        command = commands.add_parser(name, parents=parents, help=summary, description=description)
+        if name == chosen:
+            add(command)
     return parser
 
 
@@ -291,13 +257,17 @@ def _end_on_signals(daemon: NodeDaemon | SingletonDaemon | NbdDaemon) -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     manager = Notifier.from_environment(os.environ)
     if arguments.command == "singleton":
+        # Imported here, as `nbd`: few daemons are this one.
+        from fscache.singleton import SingletonDaemon
+        from fscache.singleton_cli import singleton_options, waits_for_take_over
+
         # Looked at before the API server replaces the socket.
         waits = waits_for_take_over(arguments)
         singleton = SingletonDaemon(singleton_options(arguments))
         return _run(singleton, arguments, manager, waits=waits)
     if arguments.command == "nbd":
-        # Imported here: few daemons are this one.
         from fscache.nbd.daemon import NbdDaemon
+        from fscache.nbd_cli import nbd_options
 
         return _run(NbdDaemon(nbd_options(arguments)), arguments, manager)
     progress = ProgressLine("fetched")
@@ -372,6 +342,71 @@ def _predecessor_crashed(arguments: argparse.Namespace) -> bool:
     return is_stale(arguments.apisock) and mounted_at(arguments.mountpoint) is not None
 
 
+def _add_virtiofs(parser: CommandParser) -> None:
+    from fscache.virtiofs_cli import add_virtiofs
+
+    add_virtiofs(parser)
+
+
+def _add_singleton(parser: CommandParser) -> None:
+    from fscache.singleton_cli import add_singleton
+
+    add_singleton(parser)
+
+
+def _add_nbd(parser: CommandParser) -> None:
+    from fscache.nbd_cli import add_nbd
+
+    add_nbd(parser)
+
+
+# Of each sub-command what it does, in short and at length, the options that it shares with
+# others, and what adds its own.
+_COMMANDS: dict[str, tuple[str, str, Callable[[], CommandParser] | None, _AddWords]] = {
+    "erofs": (
+        "mount one image through the kernel's EROFS",
+        "Mount one image through the kernel's EROFS and serve it until told to"
+        " stop (SIGINT, SIGTERM, or PUT /api/v1/daemon/exit)",
+        _common,
+        _add_erofs,
+    ),
+    "fuse": (
+        "serve images below one mount point, as clients ask",
+        "Serve images below one mount point. The name is the original's: what is"
+        " mounted is the kernel's EROFS",
+        _common,
+        _add_fuse,
+    ),
+    "virtiofs": (
+        "serve images to one virtual machine",
+        "Serve images and directories to a virtual machine, which mounts them by"
+        " virtio-fs: one private tree, exported by the system's virtiofsd",
+        _serving,
+        _add_virtiofs,
+    ),
+    "singleton": (
+        "serve the kernel's cachefiles, mount nothing",
+        "Serve the API, and to the kernel's cachefiles what clients register",
+        _process,
+        _add_singleton,
+    ),
+    "nbd": (
+        "serve one image as a block device, no mount",
+        "Serve one image as a raw disk, that of `nydus-image export --block`: as a"
+        " block device of the kernel's NBD, or at a socket",
+        _process,
+        _add_nbd,
+    ),
+    "doctor": (
+        "tell what this machine can do, and what would enable more",
+        "Try what this kernel, privilege and file system allow, and print a table."
+        " Exit status 0: images can be read lazily; 1: they cannot",
+        None,
+        _add_doctor,
+    ),
+}
+
+
 def _with_command(words: list[str]) -> list[str]:
     """Put the sub-command first: without one the program is `fuse`, as the original."""
     if not words or words[0] in ("-h", "--help", "-V", "--version") or not words[0].startswith("-"):
@@ -386,8 +421,8 @@ def _with_command(words: list[str]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = _parser()
     words = _with_command(list(sys.argv[1:] if argv is None else argv))
+    parser = _parser(next((word for word in words if word in _COMMANDS), None))
     arguments = parser.parse_args(words)
     arguments.words = words
     if arguments.version:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -92,7 +91,7 @@ class ServedImage:
         self._path = ROOT
         self._mounted_at = time.time()
         self._leaving = False
-        self.key = f"image:{secrets.token_hex(8)}"
+        self.key = f"image:{os.urandom(8).hex()}"
 
     def mount(self, domain: Domain, fetcher: Fetcher, options: ImageOptions, keep: Keep) -> None:
         """Mount it in the way of a domain; raise `NydusError`, then nothing is left open.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -67,6 +66,9 @@ def filesystem_type(path: Path) -> str:
 
 @contextmanager
 def _workspace(work_dir: Path) -> Iterator[Path]:
+    # Loaded here: most starts know what an earlier one has found.
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="probe-", dir=work_dir) as name:
         directory = Path(name)
         (directory / "image").write_bytes(build_probe_image())

@@ -20,7 +20,6 @@ import fcntl
 import json
 import logging
 import os
-import secrets
 import stat
 from pathlib import Path
 
@@ -88,7 +87,7 @@ class ServeDirectory:
     def create(cls, work_dir: Path) -> ServeDirectory:
         """Make and lock `serve-<random>` (mode 0700) below `work_dir`; raise `StoreError`."""
         for _ in range(_ATTEMPTS):
-            path = work_dir.absolute() / (_PREFIX + secrets.token_hex(4))
+            path = work_dir.absolute() / (_PREFIX + os.urandom(4).hex())
             try:
                 path.mkdir(mode=0o700)
                 fd = _lock(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter, deque
@@ -9,16 +10,19 @@ from collections.abc import Callable, Hashable
 
 __all__ = ["WorkerPool"]
 
+logger = logging.getLogger(__name__)
+
 Task = Callable[[], None]
 
 _BACKGROUND = object()
 
 
 class WorkerPool:
-    """Runs tasks in `workers` daemon threads, at most `per_key` at once for one key.
+    """Runs tasks in up to `workers` daemon threads, at most `per_key` at once for one key.
 
     Keys take turns; tasks of one key start in order. Tasks must not raise. Background tasks
-    have no key: one starts when nothing else can.
+    have no key: one starts when nothing else can. The first thread is there from the
+    beginning, so that no task is without one; others start when tasks come that nobody waits for.
     """
 
     def __init__(self, workers: int, per_key: int, name: str) -> None:
@@ -31,14 +35,11 @@ class WorkerPool:
         self._closed = False
         # Since when each worker has been at its task; 0 for one that waits.
         self._since = [0.0] * workers
-        self._threads = [
-            threading.Thread(
-                target=self._work, args=(number,), name=f"{name}-{number}", daemon=True
-            )
-            for number in range(workers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._name = name
+        self._threads: list[threading.Thread] = []
+        self._queued = 0
+        self._waiting = 0
+        self._start_thread()
 
     def submit(self, key: Hashable, task: Task) -> bool:
         """Queue a task; return False, and drop it, after `close`."""
@@ -50,7 +51,7 @@ class WorkerPool:
                 queue = self._queues[key] = deque()
                 self._turns.append(key)
             queue.append(task)
-            self._condition.notify()
+            self._wake()
             return True
 
     def submit_background(self, task: Task) -> bool:
@@ -59,15 +60,35 @@ class WorkerPool:
             if self._closed:
                 return False
             self._background.append(task)
-            self._condition.notify()
+            self._wake()
             return True
+
+    def _wake(self) -> None:
+        """Have somebody look for a task that has come; the lock is held."""
+        self._queued += 1
+        if self._queued > self._waiting and len(self._threads) < len(self._since):
+            try:
+                self._start_thread()
+            except RuntimeError as error:
+                logger.warning("no further thread %s (%s), tasks wait", self._name, error)
+        self._condition.notify()
+
+    def _start_thread(self) -> None:
+        number = len(self._threads)
+        thread = threading.Thread(
+            target=self._work, args=(number,), name=f"{self._name}-{number}", daemon=True
+        )
+        thread.start()
+        self._threads.append(thread)
 
     def is_stuck(self, seconds: float) -> bool:
         """Return whether every worker has ended, or been at one task for longer than that."""
         limit = time.monotonic() - seconds
+        if len(self._threads) < len(self._since) and not self._closed:
+            return False
         return all(
             not thread.is_alive() or 0 < since < limit
-            for thread, since in zip(self._threads, self._since, strict=True)
+            for thread, since in zip(self._threads, self._since, strict=False)
         )
 
     def close(self, timeout: float) -> None:
@@ -77,6 +98,7 @@ class WorkerPool:
             self._queues.clear()
             self._turns.clear()
             self._background.clear()
+            self._queued = 0
             self._condition.notify_all()
         end = time.monotonic() + timeout
         for thread in self._threads:
@@ -84,6 +106,8 @@ class WorkerPool:
 
     def _take(self) -> tuple[Hashable, Task] | None:
         """Return the next task that may run; the lock is held."""
+        if not self._queued:
+            return None
         for _ in range(len(self._turns)):
             key = self._turns.popleft()
             if self._running[key] >= self._per_key:
@@ -96,9 +120,11 @@ class WorkerPool:
             else:
                 del self._queues[key]
             self._running[key] += 1
+            self._queued -= 1
             return key, task
         if self._background:
             self._running[_BACKGROUND] += 1
+            self._queued -= 1
             return _BACKGROUND, self._background.popleft()
         return None
 
@@ -116,7 +142,9 @@ class WorkerPool:
                 while found is None:
                     if self._closed:
                         return
+                    self._waiting += 1
                     self._condition.wait()
+                    self._waiting -= 1
                     found = self._take()
             key, task = found
             self._since[number] = time.monotonic()

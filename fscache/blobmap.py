@@ -13,22 +13,13 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 
-from erofs.cipher import BlobCipher
 from erofs.errors import (
     CorruptStructure,
-    NydusError,
     OutOfBounds,
-    UnsupportedFeature,
     error_context,
 )
 from erofs.layout import BLOCK_SIZE
 from erofs.rafs import (
-    BLOB_FEATURES_INCOMPATIBLE,
-    MAX_CHUNK_SIZE,
-    MAX_CHUNKS_PER_BLOB,
-    MAX_COMPRESSED_SIZE,
-    MAX_UNCOMPRESSED_SIZE,
-    MIN_CHUNK_SIZE,
     BlobEntry,
     BlobFeatures,
     ChunkFlags,
@@ -39,129 +30,15 @@ from erofs.rafs import (
 )
 from erofs.stored import StoredData
 from erofs.view import align_up
+from fscache.chunkrows import Columns, check_entry, checked_rows, ordinary_columns
 from fscache.places import NO_CONTEXT, Places
 
 __all__ = ["BlobMap"]
 
 DIGEST_BYTES = 32
 
-_UNSUPPORTED_FEATURES = (
-    BlobFeatures.EXTERNAL,
-    # Its indexes and sizes mean nothing: `fscache.dictionary` has to put others in their place.
-    BlobFeatures.IS_CHUNKDICT_GENERATED,
-)
 # Whose chunks only their own table knows how to get at.
 _TABLED = BlobFeatures.BATCH | BlobFeatures.ZRAN
-# Numbers, for what is asked of each chunk: operations of enumerations take ten times as long.
-_UNSUPPORTED_CHUNK_FLAGS = ~int(ChunkFlags.COMPRESSED | ChunkFlags.ENCRYPTED | ChunkFlags.HAS_CRC)
-_ENCRYPTED = int(ChunkFlags.ENCRYPTED)
-_NO_CIPHER = int(Cipher.NONE)
-_NO_COMPRESSOR = int(Compressor.NONE)
-_GZIP = int(Compressor.GZIP)
-_ZRAN = int(BlobFeatures.ZRAN)
-_BATCH = int(BlobFeatures.BATCH)
-
-
-def _check_entry(entry: BlobEntry) -> None:
-    for feature in _UNSUPPORTED_FEATURES:
-        if entry.features & feature:
-            raise UnsupportedFeature(f"blob feature {feature.name} is not supported on demand")
-    if entry.features & BLOB_FEATURES_INCOMPATIBLE:
-        raise UnsupportedFeature("unknown incompatible blob features", got=hex(entry.features))
-    if entry.cipher not in tuple(Cipher):
-        raise UnsupportedFeature("blob cipher is not supported", got=entry.cipher)
-    if entry.compressor not in tuple(Compressor):
-        raise UnsupportedFeature("blob compressor is not supported", got=entry.compressor)
-    if entry.digester not in tuple(Digester):
-        raise UnsupportedFeature("blob digester is not supported", got=entry.digester)
-    size = entry.chunk_size
-    if not MIN_CHUNK_SIZE <= size <= MAX_CHUNK_SIZE or size & (size - 1):
-        raise CorruptStructure("bad chunk size", got=size)
-    if not 0 < entry.chunk_count <= MAX_CHUNKS_PER_BLOB:
-        raise CorruptStructure("bad chunk count", got=entry.chunk_count)
-    if entry.compressed_size > MAX_COMPRESSED_SIZE:
-        raise OutOfBounds("compressed size too large", got=entry.compressed_size)
-    if not 0 < entry.uncompressed_size <= MAX_UNCOMPRESSED_SIZE:
-        raise OutOfBounds("bad uncompressed size", got=entry.uncompressed_size)
-
-
-def _is_placed(entry: BlobEntry, chunk: ChunkInfo) -> bool:
-    """Tell whether the bootstrap knows how a chunk is stored.
-
-    Not that of a batch (spec 2.5); and for one in gzip data it only has a hint.
-    """
-    if entry.features & _ZRAN:
-        return False
-    return not entry.features & _BATCH or chunk.compressed_size > 0
-
-
-def _check_chunk(entry: BlobEntry, chunk: ChunkInfo) -> None:
-    """Raise `FormatError` unless the chunk is sound by itself and lies inside of its blob."""
-    if chunk.blob_index != entry.blob_index:
-        raise CorruptStructure("other blob", expected=entry.blob_index, got=chunk.blob_index)
-    if chunk.chunk_index >= entry.chunk_count:
-        raise OutOfBounds(
-            "index too large", expected=f"below {entry.chunk_count}", got=chunk.chunk_index
-        )
-    if chunk.flags & _UNSUPPORTED_CHUNK_FLAGS:
-        raise UnsupportedFeature("chunk flags are not supported", got=hex(chunk.flags))
-    if chunk.flags & _ENCRYPTED and entry.cipher == _NO_CIPHER:
-        raise CorruptStructure("encrypted chunk of a blob without cipher", got=hex(chunk.flags))
-    if not 0 < chunk.uncompressed_size <= entry.chunk_size:
-        raise OutOfBounds(
-            "bad uncompressed size",
-            expected=f"1 to {entry.chunk_size}",
-            got=chunk.uncompressed_size,
-        )
-    if chunk.uncompressed_offset % BLOCK_SIZE:
-        raise CorruptStructure("uncompressed offset not aligned", got=chunk.uncompressed_offset)
-    if chunk.uncompressed_offset + chunk.uncompressed_size > entry.uncompressed_size:
-        raise OutOfBounds("ends outside of the blob's uncompressed space")
-    if chunk.compressed_offset + chunk.compressed_size > entry.compressed_size:
-        raise OutOfBounds("ends outside of the stored blob")
-    if _is_placed(entry, chunk):
-        _check_stored(entry, chunk)
-
-
-def _check_stored(entry: BlobEntry, chunk: ChunkInfo) -> None:
-    largest = chunk.uncompressed_size
-    if entry.cipher != _NO_CIPHER:
-        largest = BlobCipher.stored_size(largest)
-    if not chunk.is_compressed:
-        if chunk.compressed_size != largest:
-            raise CorruptStructure(
-                "stored size of a chunk that is not compressed",
-                expected=largest,
-                got=chunk.compressed_size,
-            )
-    elif entry.compressor == _NO_COMPRESSOR:
-        raise CorruptStructure("compressed chunk in a blob without compressor")
-    # Builders store a chunk plainly when compression does not make it smaller (spec 4.3); of
-    # members of gzip they only know how large these may be (4.10).
-    elif (
-        not 0 < chunk.compressed_size <= (largest if entry.compressor != _GZIP else MAX_CHUNK_SIZE)
-    ):
-        raise CorruptStructure("bad compressed size", got=chunk.compressed_size)
-
-
-def _checked_rows(
-    entry: BlobEntry, chunks: Iterable[ChunkInfo], places: Places | None
-) -> dict[int, ChunkInfo]:
-    """Return the chunks by index; raise `FormatError`."""
-    rows: dict[int, ChunkInfo] = {}
-    for row in chunks:
-        # Not `error_context`, which costs more than the checks.
-        try:
-            _check_chunk(entry, row)
-            if row.chunk_index in rows:
-                raise CorruptStructure("two chunks with one index")
-            if places is not None:
-                places.check(row, entry.compressed_size)
-        except NydusError as error:
-            error.add_context(chunk=row.chunk_index)
-            raise
-        rows[row.chunk_index] = row
-    return rows
 
 
 class BlobMap:
@@ -191,8 +68,10 @@ class BlobMap:
         self.entry = entry
         self.blob_id = entry.id
         with error_context(blob=entry.id):
-            _check_entry(entry)
-            rows = _checked_rows(entry, chunks, places)
+            check_entry(entry)
+            listed = list(chunks)
+            columns = ordinary_columns(entry, listed) if places is None else None
+            rows = checked_rows(entry, listed, places) if columns is None else {}
         self.places = places
         self.is_located = places is not None or not entry.features & _TABLED
         self.chunk_count = entry.chunk_count
@@ -203,21 +82,40 @@ class BlobMap:
         self.digester = Digester(entry.digester)
         # The pieces of a tar have none.
         self.has_digests = not entry.features & BlobFeatures.TARFS
-        self.known_count = len(rows)
+        # `_row_offsets` and `_row_sizes` are what the bootstrap says, not what is to be read.
+        if columns is not None:
+            self._take(columns)
+        else:
+            self._begin(len(rows))
+            with error_context(blob=entry.id):
+                self._fill(rows)
+        self._place()
+
+    def _take(self, columns: Columns) -> None:
+        self.known_count = self.chunk_count
+        self.known = bytearray(b"\1" * self.chunk_count)
+        self.compressed = columns.compressed
+        self._continues = columns.continues
+        self.uncompressed_offsets = columns.uncompressed_offsets
+        self.uncompressed_sizes = columns.uncompressed_sizes
+        self._row_offsets = self.compressed_offsets = columns.compressed_offsets
+        self._row_sizes = self.compressed_sizes = columns.compressed_sizes
+        self._digests = columns.digests
+        self._gaps_before = columns.gaps_before
+        self._file_offsets = columns.file_offsets
+
+    def _begin(self, known_count: int) -> None:
+        self.known_count = known_count
         self.known = bytearray(self.chunk_count)
         self.compressed = bytearray(self.chunk_count)
         self._continues = bytearray(self.chunk_count)
         self.uncompressed_offsets = array("Q", bytes(8 * self.chunk_count))
         self.uncompressed_sizes = array("I", bytes(4 * self.chunk_count))
-        # What the bootstrap says, and what is to be read.
         self._row_offsets = self.compressed_offsets = array("Q", bytes(8 * self.chunk_count))
         self._row_sizes = self.compressed_sizes = array("I", bytes(4 * self.chunk_count))
         self._digests = bytearray(DIGEST_BYTES * self.chunk_count)
         self._gaps_before = array("I", bytes(4 * self.chunk_count))
         self._file_offsets = array("Q", bytes(8 * self.chunk_count))
-        with error_context(blob=entry.id):
-            self._fill(rows)
-        self._place()
 
     def _fill(self, rows: dict[int, ChunkInfo]) -> None:
         end = gaps = 0

@@ -138,6 +138,14 @@ def test_bad_entries(blob, kind, change):
     assert caught.value.where["blob"] == blob.id
 
 
+def test_columns_at_once_are_those_of_rows(blob, monkeypatch):
+    at_once = BlobMap(blob.entry, reversed(blob.chunks))
+    monkeypatch.setattr("fscache.blobmap.ordinary_columns", lambda entry, chunks: None)
+    by_row = BlobMap(blob.entry, blob.chunks)
+    columns = {name: value for name, value in vars(by_row).items() if name != "data"}
+    assert {name: value for name, value in vars(at_once).items() if name != "data"} == columns
+
+
 @pytest.mark.parametrize(
     ("kind", "change"),
     [
@@ -161,9 +169,13 @@ def test_bad_entries(blob, kind, change):
         (OutOfBounds, {"uncompressed_offset": 0xFFFFFFFFFFFFF000}),
     ],
 )
-def test_bad_chunks(blob, kind, change):
+@pytest.mark.parametrize("complete", [True, False])
+def test_bad_chunks(blob, kind, change, complete):
     chunks = list(blob.chunks)
     chunks[2] = chunks[2]._replace(**change)
+    if not complete:
+        # Checked row by row, as it is not known whether all others are there.
+        chunks.pop(0)
     with pytest.raises(FormatError) as caught:
         BlobMap(blob.entry, chunks)
     assert type(caught.value) is kind

@@ -28,6 +28,8 @@ _NO_FLUSH, _BLOCK = 0, 5
 _OK, _STREAM_END, _BUF_ERROR = 0, 1, -5
 _LAST_BLOCK, _AT_BOUNDARY, _UNUSED_BITS = 64, 128, 7
 _LIBZ = "libz.so.1"
+# So much is inflated in less time than another thread may keep the interpreter's lock.
+_LITTLE_BYTES = 64 << 10
 
 _FIELDS: list[tuple[str, Any]] = [
     ("next_in", ctypes.c_void_p),
@@ -67,18 +69,34 @@ class _Library(NamedTuple):
     reset: Any
     prime: Any
     inflate: Any
+    inflate_little: Any
     set_dictionary: Any
     get_dictionary: Any
 
 
-def _functions(
-    library: ctypes.CDLL, prefix: str, stream: type[ctypes.Structure], version: str
-) -> _Library:
-    """Return the functions; raise `AttributeError` for one that is not there."""
+def _functions(path: str, prefix: str, stream: type[ctypes.Structure], version: str) -> _Library:
+    """Return the functions; raise `OSError`, and `AttributeError` for one that is not there."""
+    # All take microseconds, but for `inflate` with much room. Giving up the interpreter's lock for
+    # the others would mean to wait for it behind whatever thread takes it.
+    library, unlocked = ctypes.PyDLL(path), ctypes.CDLL(path)
     tell = getattr(library, version)
     tell.restype = ctypes.c_char_p
-    names = ("Init2_", "End", "Reset2", "Prime", "", "SetDictionary", "GetDictionary")
-    return _Library(stream, tell(), *(getattr(library, f"{prefix}inflate{name}") for name in names))
+
+    def function(name: str, source: ctypes.CDLL = library) -> Any:
+        return getattr(source, f"{prefix}inflate{name}")
+
+    return _Library(
+        stream=stream,
+        version=tell(),
+        init=function("Init2_"),
+        end=function("End"),
+        reset=function("Reset2"),
+        prime=function("Prime"),
+        inflate=function("", unlocked),
+        inflate_little=function(""),
+        set_dictionary=function("SetDictionary"),
+        get_dictionary=function("GetDictionary"),
+    )
 
 
 @cache
@@ -86,14 +104,14 @@ def _library() -> _Library:
     try:
         from zlib_ng import zlib_ng
 
-        return _functions(ctypes.CDLL(zlib_ng.__file__), "zng_", _ZngStream, "zlibng_version")
+        return _functions(zlib_ng.__file__, "zng_", _ZngStream, "zlibng_version")
     except (ImportError, OSError, AttributeError):
         return _libz()
 
 
 def _libz() -> _Library:
     try:
-        return _functions(ctypes.CDLL(_LIBZ), "", _ZStream, "zlibVersion")
+        return _functions(_LIBZ, "", _ZStream, "zlibVersion")
     except OSError as error:
         raise CodecError(f"gzip data needs zlib-ng or {_LIBZ} ({error})") from error
 
@@ -201,7 +219,9 @@ class Inflater:
         place = ctypes.c_char.from_buffer(target)
         stream = self._stream
         stream.next_out, stream.avail_out = ctypes.addressof(place), size
-        status = self._library.inflate(self._reference, _BLOCK if to_boundary else _NO_FLUSH)
+        library = self._library
+        inflate = library.inflate if size > _LITTLE_BYTES else library.inflate_little
+        status = inflate(self._reference, _BLOCK if to_boundary else _NO_FLUSH)
         self._require(status)
         self.ended = status == _STREAM_END
         kind = stream.data_type

@@ -1,7 +1,8 @@
 """`python -m tests.bench`, which is `make bench`.
 
 Environment: BENCH_QUICK=1 for little of everything; BENCH_ONLY=builder for nydus-image alone,
-BENCH_ONLY=nydusify for nydusify, BENCH_ONLY=nydusd for what is read, here and in a guest;
+BENCH_ROWS='create*' for those of its rows that are called so, BENCH_ONLY=nydusify for nydusify,
+BENCH_ONLY=nydusd for what is read, here and in a guest;
 BENCH_JSON=path for the results as JSON, BENCH_SOURCE=path.tar for another tree,
 NYDUS_IMAGE_PEER, NYDUSD_PEER, NYDUS_OVERLAYFS_PEER and NYDUSIFY_PEER for the paths of real
 programs to put beside ours, TMPDIR for another place than /var/tmp.
@@ -49,6 +50,7 @@ def _settings() -> Settings:
         daemon_peer=_path("NYDUSD_PEER"),
         overlayfs_peer=_path("NYDUS_OVERLAYFS_PEER"),
         nydusify_peer=_path("NYDUSIFY_PEER"),
+        only_rows=os.environ.get("BENCH_ROWS", ""),
     )
     peers = (
         settings.image_peer, settings.daemon_peer, settings.overlayfs_peer, settings.nydusify_peer,

@@ -6,9 +6,9 @@ says them, `make bench` judges nothing.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from tests.bench.builderinputs import Inputs, image_command
@@ -18,6 +18,8 @@ from tests.bench.source import Settings
 
 _MKFS = {"lz4_block": ["-zlz4"], "none": []}
 _Measure = Callable[[], Usage]
+# The name of a row, and what measures it.
+_Case = tuple[str, Callable[[str], Row]]
 
 
 class BuilderBench:
@@ -30,16 +32,17 @@ class BuilderBench:
         self._inputs = Inputs(settings, tar, directory)
 
     def rows(self, skip: Callable[[str], None]) -> Iterator[Row]:
-        """Measure everything, one row after the other."""
-        yield from self._tree(skip)
-        yield from self._compressed()
-        yield from self._small_files()
-        yield from self._unpack()
-        yield from self._metadata()
-        yield from self._empty_files()
-        yield self._start()
-        yield self._look_up()
-        yield self._stream()
+        """Measure what is asked for, one row after the other."""
+        cases = chain(
+            self._tree(skip),
+            self._compressed(),
+            self._small_files(),
+            self._metadata(),
+            self._others(),
+        )
+        for name, measure in cases:
+            if self._settings.wants(name):
+                yield measure(name)
 
     # Running things.
 
@@ -94,52 +97,70 @@ class BuilderBench:
             command = ["mkfs.erofs", "--quiet", *options, str(out / "image"), str(tree)]
             return run(command, self._log)
 
-    def _tree(self, skip: Callable[[str], None]) -> Iterator[Row]:
-        inputs = self._inputs
-        tar, (plan, files, size) = inputs.tree, inputs.plan()
-        note = f"{files} files, {size >> 20} MiB"
-        extracted, reason = inputs.extracted()
-        if extracted is None:
-            skip(f"mkfs.erofs beside create: {reason}")
+    def _tree(self, skip: Callable[[str], None]) -> Iterator[_Case]:
         bars = {
             "zstd": {"peer": 0.9, "floor": 1.35},
             "lz4_block": {"peer": 1.1},
             "none": {"peer": 1.8},
         }
         for compressor, bar in bars.items():
-            words = ("-t", "tar-rafs", "--chunk-size", "0x100000", "--compressor", compressor)
-            variants = self._both(partial(self._create, tar, words))
-            variants["floor"] = partial(self._floor, tar, plan, compressor)
-            if extracted is not None and compressor in _MKFS:
-                variants["mkfs.erofs"] = partial(self._mkfs, _MKFS[compressor], extracted)
-            yield self._row(f"create, {compressor}", variants, bar, note)
-        if extracted is not None:
-            shutil.rmtree(extracted)
-        words = ("-t", "tar-rafs", "--batch-size", "0x100000")
+            yield f"create, {compressor}", partial(self._plain, skip, compressor, bar)
+        yield "create, batches", self._batches
+
+    def _plain(
+        self, skip: Callable[[str], None], compressor: str, bars: Mapping[str, float], name: str
+    ) -> Row:
+        tar, (plan, files, size) = self._inputs.tree, self._inputs.plan()
+        words = ("-t", "tar-rafs", "--chunk-size", "0x100000", "--compressor", compressor)
         variants = self._both(partial(self._create, tar, words))
-        yield self._row("create, batches", variants, {"peer": 1.0}, note)
+        variants["floor"] = partial(self._floor, tar, plan, compressor)
+        if compressor in _MKFS:
+            extracted, reason = self._inputs.extracted()
+            if extracted is None:
+                skip(f"mkfs.erofs beside {name}: {reason}")
+            else:
+                variants["mkfs.erofs"] = partial(self._mkfs, _MKFS[compressor], extracted)
+        return self._row(name, variants, bars, f"{files} files, {size >> 20} MiB")
 
-    def _compressed(self) -> Iterator[Row]:
-        source = self._inputs.gzipped()
-        note = f"{source.stat().st_size >> 20} MiB of gzip"
+    def _batches(self, name: str) -> Row:
+        words = ("-t", "tar-rafs", "--batch-size", "0x100000")
+        variants = self._both(partial(self._create, self._inputs.tree, words))
+        return self._row(name, variants, {"peer": 1.0})
+
+    def _compressed(self) -> Iterator[_Case]:
         for kind, bar in (("targz-rafs", 0.9), ("targz-ref", 1.2)):
-            variants = self._both(partial(self._create, source, ("-t", kind)))
-            yield self._row(f"create, {kind}", variants, {"peer": bar}, note)
-        source.unlink()
+            yield f"create, {kind}", partial(self._gzip, kind, bar)
 
-    def _small_files(self) -> Iterator[Row]:
-        tar, count = self._inputs.small_files(), self._settings.files
+    def _gzip(self, kind: str, bar: float, name: str) -> Row:
+        source = self._inputs.gzipped()
+        variants = self._both(partial(self._create, source, ("-t", kind)))
+        return self._row(
+            name, variants, {"peer": bar}, f"{source.stat().st_size >> 20} MiB of gzip"
+        )
+
+    def _small_files(self) -> Iterator[_Case]:
         for compressor, bars in (("zstd", {"peer": 1.0}), ("none", {})):
-            words = ("-t", "tar-rafs", "--compressor", compressor)
-            variants = self._both(partial(self._create, tar, words))
-            note = f"{count} files of 1 KiB" + ("" if bars else " (bar: 35 µs each)")
-            yield self._row(f"many files, {compressor}", variants, bars, note, count)
+            yield f"many files, {compressor}", partial(self._many_files, compressor, bars)
 
-    def _unpack(self) -> Iterator[Row]:
+    def _many_files(self, compressor: str, bars: Mapping[str, float], name: str) -> Row:
+        tar, count = self._inputs.small_files(), self._settings.files
+        words = ("-t", "tar-rafs", "--compressor", compressor)
+        variants = self._both(partial(self._create, tar, words))
+        note = f"{count} files of 1 KiB" + ("" if bars else " (bar: 35 µs each)")
+        return self._row(name, variants, bars, note, count)
+
+    def _others(self) -> Iterator[_Case]:
+        yield "unpack, zstd", self._unpack
+        yield "many empty files", self._empty_files
+        yield "--version", self._start
+        yield "open, one lookup", self._look_up
+        yield "tar through a pipe", self._stream
+
+    def _unpack(self, name: str) -> Row:
         image, blobs = self._inputs.tree_image()
         words = ("unpack", "--bootstrap", str(image), "--blob-dir", str(blobs))
         variants = self._both(partial(self._into_file, words, "--output"))
-        yield self._row("unpack, zstd", variants, {"peer": 1.0})
+        return self._row(name, variants, {"peer": 1.0})
 
     def _check(self, bootstrap: Path, command: list[str]) -> Usage:
         words = [*command, "check", "--log-level", "warn", "--bootstrap", str(bootstrap)]
@@ -150,49 +171,54 @@ class BuilderBench:
             path = out / "boot" if target else "-"
             return run(child("floor_files", path, size, *sources), self._log)
 
-    def _metadata(self) -> Iterator[Row]:
-        layers, merged = self._inputs.layers(), self._inputs.merged()
-        count, size = self._settings.files, merged.stat().st_size
-        one = layers[0]
-        variants = self._both(partial(self._check, one))
-        variants["floor"] = partial(self._files_floor, "", one.stat().st_size, [one])
-        yield self._row("check", variants, {"peer": 1.0}, f"{count} files", count)
-        total = count * len(layers)
+    def _metadata(self) -> Iterator[_Case]:
+        count, layers = self._settings.files, self._settings.layers
+        yield "check", lambda name: self._checks(self._inputs.layers()[0], count, name)
+        yield "merge", self._merge
+        yield (
+            "check, merged",
+            lambda name: self._checks(self._inputs.merged(), count * layers, name),
+        )
+
+    def _checks(self, bootstrap: Path, count: int, name: str) -> Row:
+        variants = self._both(partial(self._check, bootstrap))
+        size = bootstrap.stat().st_size
+        variants["floor"] = partial(self._files_floor, "", size, [bootstrap])
+        return self._row(name, variants, {"peer": 1.0}, f"{count} files", count)
+
+    def _merge(self, name: str) -> Row:
+        layers, size = self._inputs.layers(), self._inputs.merged().stat().st_size
+        total = self._settings.files * len(layers)
         words = ("merge", *map(str, layers))
         variants = self._both(partial(self._into_file, words, "--bootstrap"))
         variants["floor"] = partial(self._files_floor, "boot", size, layers)
         note = f"{total} files, {len(layers)} layers"
-        yield self._row("merge", variants, {"peer": 0.8}, note, total)
-        variants = self._both(partial(self._check, merged))
-        variants["floor"] = partial(self._files_floor, "", size, [merged])
-        yield self._row("check, merged", variants, {"peer": 1.0}, f"{total} files", total)
+        return self._row(name, variants, {"peer": 0.8}, note, total)
 
-    def _empty_files(self) -> Iterator[Row]:
+    def _empty_files(self, name: str) -> Row:
         count = self._settings.files * self._settings.layers
         tar = self._inputs.empty_files()
         variants = self._both(partial(self._create, tar, ("-t", "tar-rafs")))
         note = f"{count} files without content (bar: 25 µs each, 1 KiB of memory)"
-        row = self._row("many empty files", variants, {}, note, count)
+        row = self._row(name, variants, {}, note, count)
         row.note += f", {row.peak_bytes[OURS] / count:.0f} bytes of memory each"
-        tar.unlink()
-        yield row
+        return row
 
-    def _start(self) -> Row:
+    def _start(self, name: str) -> Row:
         variants = self._both(lambda command: run([*command, "--version"], self._log))
-        return self._row("--version", variants, {}, "bar: 60 ms")
+        return self._row(name, variants, {}, "bar: 60 ms")
 
-    def _look_up(self) -> Row:
+    def _look_up(self, name: str) -> Row:
         bootstrap, path = self._inputs.layers()[0], self._inputs.path_in_layer()
 
         def measure() -> Usage:
             usage = run(child("look_up", bootstrap, path), self._log)
             return usage._replace(seconds=float(usage.output))
 
-        return self._row(
-            "open, one lookup", {OURS: measure}, {}, f"{self._settings.files} files (bar: 5 ms)"
-        )
+        note = f"{self._settings.files} files (bar: 5 ms)"
+        return self._row(name, {OURS: measure}, {}, note)
 
-    def _stream(self) -> Row:
+    def _stream(self, name: str) -> Row:
         size = self._settings.stream_bytes
         source = child("tar_stream", size)
 
@@ -205,7 +231,7 @@ class BuilderBench:
         turns = Turns(1)
         turns.take({OURS: partial(measure, image_command())})
         return Row(
-            "tar through a pipe",
+            name,
             turns.seconds,
             f"{size >> 30 or size / (1 << 30):g} GiB (bar: 250 MiB of memory)",
             {"bytes": size},

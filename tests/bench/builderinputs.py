@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tarfile
 from functools import cache
 from pathlib import Path
@@ -19,8 +20,11 @@ _LAYER_FILE_BYTES = 16
 
 
 def image_command(peer: Path | None = None) -> list[str]:
-    """Return how to call `nydus-image`: ours, or the peer."""
-    return module("builder.cli") if peer is None else [str(peer)]
+    """Return how to call `nydus-image`: ours as it is installed, or the peer."""
+    if peer is not None:
+        return [str(peer)]
+    script = Path(sys.executable).with_name("nydus-image")
+    return [str(script)] if script.exists() else module("builder.cli")
 
 
 class Inputs:
@@ -35,15 +39,19 @@ class Inputs:
         self._directory = directory
         self._log = directory / "inputs.log"
         self.tree = tree
-        self.layers = cache(self._layers)
+        self.plan = cache(self._plan)
+        self.extracted = cache(self._extracted)
+        self.gzipped = cache(self._gzipped)
         self.small_files = cache(self._small_files)
+        self.layers = cache(self._layers)
+        self.merged = cache(self._merged)
 
-    def plan(self) -> tuple[Path, int, int]:
+    def _plan(self) -> tuple[Path, int, int]:
         """Return what the floor has to do, and the number of files and of bytes."""
         path = self._directory / "plan"
         return path, *write_plan(self.tree, path)
 
-    def extracted(self) -> tuple[Path | None, str]:
+    def _extracted(self) -> tuple[Path | None, str]:
         """Unpack the tree for mkfs.erofs; return the reason when there is nothing to compare."""
         if shutil.which("mkfs.erofs") is None:
             return None, "mkfs.erofs is not installed"
@@ -55,7 +63,7 @@ class Inputs:
             return None, f"the tar cannot be unpacked for mkfs.erofs ({error})"
         return target, ""
 
-    def gzipped(self) -> Path:
+    def _gzipped(self) -> Path:
         """Compress the tree."""
         target = self._directory / "tree.tar.gz"
         with target.open("wb") as out:
@@ -122,7 +130,7 @@ class Inputs:
         directory, place = divmod(self._settings.files // 2, 1000)
         return f"/layer0/d{directory:04d}/file-{place:03d}.txt"
 
-    def merged(self) -> Path:
+    def _merged(self) -> Path:
         """Merge the layers."""
         target = self._directory / "merged"
         words = ["merge", "--log-level", "warn", "--bootstrap", str(target)]

@@ -59,16 +59,26 @@ class DiskBench:
 
     def rows(self) -> Iterator[Row]:
         """Measure a tree of each block size, and an export with one."""
-        size, rounds = self._tar.stat().st_size, self._settings.rounds
         for block_size in _BLOCKS:
-            variants = {
-                OURS: partial(self._tree, block_size),
-                "floor": partial(self._floor, block_size),
-            }
-            seconds = take_turns(variants, rounds)
-            note = f"{size >> 20} MiB, {size / min(seconds[OURS]) / (1 << 20):.0f} MiB/s at best"
-            yield Row(f"hash tree, {block_size} bytes", seconds, note, {"bytes": size})
-        bootstrap = self._index()
+            name = f"hash tree, {block_size} bytes"
+            if self._settings.wants(name):
+                yield self._hash_tree(name, block_size)
+        name = "export --block --verity, tarfs"
+        if self._settings.wants(name):
+            yield self._exported(name)
+
+    def _hash_tree(self, name: str, block_size: int) -> Row:
+        size = self._tar.stat().st_size
+        variants = {
+            OURS: partial(self._tree, block_size),
+            "floor": partial(self._floor, block_size),
+        }
+        seconds = take_turns(variants, self._settings.rounds)
+        note = f"{size >> 20} MiB, {size / min(seconds[OURS]) / (1 << 20):.0f} MiB/s at best"
+        return Row(name, seconds, note, {"bytes": size})
+
+    def _exported(self, name: str) -> Row:
+        size, bootstrap = self._tar.stat().st_size, self._index()
         programs: dict[str, Callable[[], Usage]] = {
             OURS: partial(self._export, image_command(), bootstrap),
             "floor": self._copy,
@@ -78,10 +88,10 @@ class DiskBench:
             peer = image_command(self._settings.image_peer)
             programs["peer"] = partial(self._export, peer, bootstrap)
             bars["peer"] = 1.3
-        turns = Turns(rounds)
+        turns = Turns(self._settings.rounds)
         turns.take(programs)
-        yield Row(
-            "export --block --verity, tarfs",
+        return Row(
+            name,
             turns.seconds,
             f"{size >> 20} MiB",
             {"bytes": size},

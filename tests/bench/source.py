@@ -10,6 +10,7 @@ import tarfile
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from erofs.digest import digest
@@ -31,6 +32,11 @@ class Settings:
     daemon_peer: Path | None
     overlayfs_peer: Path | None = None
     nydusify_peer: Path | None = None
+    only_rows: str = ""
+
+    def wants(self, row: str) -> bool:
+        """Tell whether a row of the builder is asked for by its name."""
+        return fnmatch(row, self.only_rows or "*")
 
     @property
     def rounds(self) -> int:

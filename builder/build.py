@@ -30,7 +30,6 @@ from builder.reference import (
 from builder.source.directory import ScannedDirectory
 from builder.source.opening import open_tar, source_name
 from builder.source.tar import load_tar
-from builder.stargz import read_toc
 from builder.tarfs import index_tar
 from erofs import BootstrapSpec, Node
 from erofs.rafs import INLINED_BLOB_ID, BlobEntry, BlobFeatures, Compressor, Digester
@@ -159,6 +158,9 @@ class _Builder:
 
     def refer_to_toc(self, source: Path | BinaryIO, outputs: _Outputs) -> tuple[Node, BlobWriter]:
         """Make tables for a layer of which only the table of contents is there."""
+        # Imported here, with regular expressions and JSON, which no other source needs.
+        from builder.stargz import read_toc
+
         options = self.options
         writer = ReferenceWriter(outputs.sink, _form(options), outputs.cache, members=True)
         with self.result.timed("build_tree"):

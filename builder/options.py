@@ -24,7 +24,18 @@ from erofs.rafs import (
     Digester,
 )
 
-__all__ = ["BlobSink", "BuildOptions", "BuildResult", "SourceType", "check_options"]
+__all__ = [
+    "TOC_CHUNK_SIZE",
+    "BlobSink",
+    "BuildOptions",
+    "BuildResult",
+    "SourceType",
+    "check_options",
+]
+
+
+# What `create` takes where only a table of contents is given: eStargz has chunks of that size.
+TOC_CHUNK_SIZE = 4 << 20
 
 
 class SourceType(StrEnum):

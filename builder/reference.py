@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 
 from builder.blob import BlobFormat, BlobWriter, CacheSink, Data, Place, Sink, Stored, pack_v1
 from builder.chunker import Chunker, ChunkerStats, ContentReader, Deduplication, Piece
@@ -17,11 +17,13 @@ from builder.source.opening import drain, open_source, source_name
 from builder.source.options import SourceOptions
 from builder.source.tar import load_tar
 from builder.source.unpacking import is_gzip, is_zstd
-from builder.stargz import StargzToc
 from builder.zran import ZranStream
 from erofs import Chunk, Node, codec
 from erofs.blobmeta import MAX_COMPRESSED_SIZE_V2, CiFlags, CompressionInfoV2
 from erofs.rafs import MAX_COMPRESSED_SIZE, BlobEntry, BlobFeatures, ChunkFlags, Compressor
+
+if TYPE_CHECKING:
+    from builder.stargz import StargzToc
 
 __all__ = ["Layer", "ReferenceChunker", "ReferenceWriter", "load_layer", "refer_to_members"]
 

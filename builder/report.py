@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from builder.output import write_file
-from erofs.console import package_version
+from erofs.console import VERSION
 from erofs.rafs import Compressor
 
 __all__ = ["COMPRESSOR_NAMES", "owner_events", "report", "write_report"]
@@ -35,7 +35,7 @@ def report(
 ) -> dict[str, object]:
     """Return the report with the keys that callers of the real tool read."""
     return {
-        "version": package_version(),
+        "version": VERSION,
         "bootstrap": "" if bootstrap is None else str(bootstrap),
         "blobs": list(blobs),
         "external_bootstrap": "" if external_bootstrap is None else str(external_bootstrap),

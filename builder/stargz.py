@@ -26,9 +26,7 @@ from erofs import Node
 from erofs.errors import error_context
 from erofs.rafs import MAX_CHUNK_SIZE, MAX_CHUNKS_PER_BLOB
 
-__all__ = ["DEFAULT_CHUNK_SIZE", "StargzFile", "StargzToc", "TocChunk", "read_toc"]
-
-DEFAULT_CHUNK_SIZE = 4 << 20
+__all__ = ["StargzFile", "StargzToc", "TocChunk", "read_toc"]
 
 _MAX_SIZE = 1 << 28
 _MAX_NUMBER = (1 << 63) - 1

@@ -168,14 +168,11 @@ class TarStream:
     def _next_member(self) -> TarMember | None:
         if self._remaining:
             self._skip(self._remaining, "content")
-        if self._padding:
-            self._skip(self._padding, "padding")
-        self._remaining = self._padding = 0
+        padding, self._remaining, self._padding = self._padding, 0, 0
         self._extents = None
-        self._entry = None
         bodies: dict[int, bytes] = {}
         local_records: dict[bytes, bytes] = {}
-        header = self._next_header()
+        header = self._next_header(padding)
         while header is not None and header.type in _AUXILIARY:
             self._take_auxiliary(header, bodies, local_records)
             header = self._next_header()
@@ -231,10 +228,16 @@ class TarStream:
             self._remaining -= BLOCK_SIZE
         return text.extents()
 
-    def _next_header(self) -> TarHeader | None:
-        """Read and decode a header block; None at the end of the archive."""
+    def _next_header(self, padding: int = 0) -> TarHeader | None:
+        """Read and decode a header block behind some padding; None at the end of the archive."""
+        # In one piece: a stream that inflates pays for each.
+        block = self._up_to(padding + BLOCK_SIZE)
+        self._position += min(padding, len(block))
+        if len(block) < padding:
+            raise self._truncated("padding")
+        self._entry = None
         self._header_offset = self._position
-        block = self._up_to(BLOCK_SIZE)
+        block = block[padding:]
         if block == _ZERO_BLOCK:
             if any(self._up_to(BLOCK_SIZE)):
                 raise TarError("single zero block inside of the archive")

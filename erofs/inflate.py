@@ -132,6 +132,7 @@ class Inflater:
         self._stream: Any = library.stream()
         self._reference = ctypes.byref(self._stream)
         self._input = b""
+        self._window: Any = None
         self.at_boundary = False
         self.ended = False
         size = ctypes.sizeof(library.stream)
@@ -230,10 +231,10 @@ class Inflater:
 
     def window(self) -> bytes:
         """Return the last bytes of the output that what follows may refer to."""
-        window = ctypes.create_string_buffer(MAX_WINDOW)
         length = ctypes.c_uint()
+        window = self._window = self._window or ctypes.create_string_buffer(MAX_WINDOW)
         self._library.get_dictionary(self._reference, window, ctypes.byref(length))
-        return window.raw[: length.value]
+        return ctypes.string_at(window, length.value)
 
     def _require(self, status: int) -> None:
         if status not in (_OK, _STREAM_END, _BUF_ERROR):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
-from erofs.console import CommandParser, package_version, set_up_logging
+from erofs.console import VERSION, CommandParser, set_up_logging
 from fscache.backendproxy import BackendProxy, ProxyError
 
 __all__ = ["main"]
@@ -36,7 +36,7 @@ def _parser() -> CommandParser:
         help="path to directory hosting nydus blob files",
     )  # fmt: skip
     parser.add_argument(
-        "-V", "--version", action="version", version=f"%(prog)s {package_version()}",
+        "-V", "--version", action="version", version=f"%(prog)s {VERSION}",
         help="Print version",
     )  # fmt: skip
     return parser

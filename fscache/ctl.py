@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from erofs.console import CommandParser, package_version
+from erofs.console import VERSION, CommandParser
 from erofs.errors import NydusError
 from fscache.ctl_client import BODY_LIMIT, ApiClient, CtlError
 from fscache.ctl_list import prefetch_list, write_list
@@ -89,7 +89,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         "-S", "--sock", metavar="<sock>", help="Sets file path for the nydusd API socket"
     )
     parser.add_argument(
-        "-V", "--version", action="version", version=f"nydusctl {package_version()}",
+        "-V", "--version", action="version", version=f"nydusctl {VERSION}",
         help="Print version",
     )  # fmt: skip
     commands = parser.add_subparsers(title="Commands", dest="command", metavar="<COMMAND>")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from erofs.console import GIT_COMMIT, package_version
+from erofs.console import GIT_COMMIT, VERSION
 from fscache.backend.base import LATENCY_CLASSES, BackendCounts
 from fscache.image import ServedImage
 from fscache.lifecycle import State
@@ -136,7 +136,7 @@ def _family(metric: _Metric, images: Sequence[_Image]) -> Family:
 
 def _of_daemon(daemon: NodeDaemon, entries: Sequence[Entry]) -> Iterator[Family]:
     version = {
-        "version": package_version(),
+        "version": VERSION,
         "git_commit": GIT_COMMIT,
         "python": platform.python_version(),
     }

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Protocol
 
-from erofs.console import GIT_COMMIT, LOG_LEVELS, package_version
+from erofs.console import GIT_COMMIT, LOG_LEVELS, VERSION
 from fscache.apimessage import DONE, Answer, Refusal, Request, text
 from fscache.events import ErrorRing
 from fscache.lifecycle import State
@@ -44,7 +44,7 @@ def info(daemon: AnyDaemon, collection: Mapping[str, object] | None) -> Answer:
         HTTPStatus.OK,
         {
             "version": {
-                "package_ver": package_version(),
+                "package_ver": VERSION,
                 "git_commit": GIT_COMMIT,
                 "build_time": "unknown",
                 "profile": "release",

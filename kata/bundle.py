@@ -18,7 +18,7 @@ from builder.oci.layout import LayoutSource, is_layout
 from builder.oci.place import Source
 from builder.oci.records import Platform
 from builder.output import write_file
-from erofs.console import package_version
+from erofs.console import VERSION
 from erofs.errors import NydusError
 from kata.bundlefiles import DISK_NAME, BundledDisk, bundle_files
 from kata.bundlesource import BundleSource, open_folder, open_image
@@ -103,7 +103,7 @@ def _fill(folder: Path, source: BundleSource, options: BundleOptions) -> Bundled
         source.bootstrap, folder / DISK_NAME, source.blobs, ExportOptions(VerityOptions())
     )
     disk, verity = _describe(result, options.place)
-    for name, text in bundle_files(disk, verity, source.inputs, package_version()).items():
+    for name, text in bundle_files(disk, verity, source.inputs, VERSION).items():
         write_file(folder / name, text.encode(), _MODE)
     _sync(folder)
     return disk

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
-from erofs.console import CommandParser, package_version
+from erofs.console import VERSION, CommandParser
 from erofs.errors import NydusError
 from kata.errors import OptionError
 from kata.extraoption import NydusExtraOptions, detect_fs_version
@@ -189,7 +189,7 @@ def _add_bundle(groups: argparse._SubParsersAction[CommandParser]) -> None:
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="kata", description="Contracts with Kata Containers.")
-    parser.add_argument("-V", "--version", action="version", version=f"kata {package_version()}")
+    parser.add_argument("-V", "--version", action="version", version=f"kata {VERSION}")
     groups = parser.add_subparsers(title="Commands", metavar="COMMAND", required=True)
     volume = groups.add_parser("volume", help="virtual volumes and extraoptions")
     commands = volume.add_subparsers(title="Commands", metavar="COMMAND", required=True)

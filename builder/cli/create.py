@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from builder import stargz
 from builder.attributes import parse_attributes
 from builder.build import BuildOptions, BuildResult, SourceType, build
 from builder.chunkdict import dictionary_path
 from builder.cli.common import read_patterns
 from builder.cli.createwords import COMPRESSORS, DIGESTERS, SOURCE_TYPES, add_options
 from builder.errors import BuildError
+from builder.options import TOC_CHUNK_SIZE
 from builder.prefetch import PrefetchPolicy
 from builder.progress import Progress
 from builder.report import owner_events, report, write_report
@@ -104,7 +104,7 @@ def _check_tarfs(arguments: argparse.Namespace) -> None:
 def _chunk_size(arguments: argparse.Namespace) -> int:
     if arguments.chunk_size is not None:
         return int(arguments.chunk_size)
-    return stargz.DEFAULT_CHUNK_SIZE if _is_toc(arguments) else DEFAULT_CHUNK_SIZE
+    return TOC_CHUNK_SIZE if _is_toc(arguments) else DEFAULT_CHUNK_SIZE
 
 
 def _options(arguments: argparse.Namespace, progress: Progress) -> BuildOptions:

@@ -13,7 +13,7 @@ from builder.export import ExportOptions, ExportResult, VerityOptions, export_bl
 from builder.output import write_file
 from builder.progress import Progress
 from builder.report import REPORT_MODE, write_report
-from erofs.console import package_version
+from erofs.console import VERSION
 from erofs.verity import NYDUS_FILLER, HashTree
 from fscache.backend import Backend, open_backend
 
@@ -194,7 +194,7 @@ def _source(arguments: argparse.Namespace) -> tuple[Path, Path, Backend]:
 
 def _report(bootstrap: Path, result: ExportResult) -> dict[str, object]:
     return {
-        "version": package_version(),
+        "version": VERSION,
         "bootstrap": str(bootstrap),
         "disk": str(result.disk),
         "size": result.size,

@@ -14,7 +14,7 @@ from typing import Protocol
 from builder.nydusify.flags import Command, Flag, UsageError, Values, parse_flags
 from builder.nydusify.logrus import LEVELS, set_up_logging
 from builder.termination import exit_status, terminable
-from erofs.console import package_version
+from erofs.console import VERSION
 from erofs.errors import NydusError
 
 __all__ = ["main"]
@@ -67,7 +67,7 @@ def _help() -> str:
     return (
         "NAME:\n   Nydusify - Nydus utility tool to build, convert, verify and view container"
         " images\n\nUSAGE:\n   Nydusify [global options] command [command options]\n\n"
-        f"VERSION:\n   {package_version()}\n\nCOMMANDS:\n" + "\n".join(lines) + "\n"
+        f"VERSION:\n   {VERSION}\n\nCOMMANDS:\n" + "\n".join(lines) + "\n"
     )
 
 
@@ -105,7 +105,7 @@ def _main(words: list[str]) -> int:
             logging.DEBUG if values.flag("debug") else level, Path(path) if path else None
         )
         if values.flag("version"):
-            print(f"Version     : {package_version()}")
+            print(f"Version     : {VERSION}")
             return 0
         if not values.rest or "help" in values.given or values.rest[0] in ("help", "h"):
             print(_help())

@@ -30,7 +30,7 @@ from builder.oci.records import Manifest
 from builder.output import write_file
 from builder.progress import Progress
 from builder.proof.prover import Prover, SourceReader
-from erofs.console import package_version
+from erofs.console import VERSION
 from erofs.rafs import Compressor, Digester
 
 __all__ = ["COMMAND", "convert_one", "run", "target_text"]
@@ -175,7 +175,7 @@ def convert_one(
         progress = _progress(values, "converting", stack)
         options = ConvertOptions(
             work=work,
-            builder_version=package_version(),
+            builder_version=VERSION,
             compressor=COMPRESSORS[values.text("compressor")],
             chunk_size=number(values, "fs-chunk-size"),
             batch_size=number(values, "batch-size"),

@@ -7,7 +7,10 @@ rafs-v6 4.1 to 4.9.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -24,6 +27,10 @@ __all__ = ["BlobFormat", "BlobWriter", "CacheSink", "Data", "Place", "Stored", "
 
 Data = bytes | bytearray | memoryview
 
+# What a thread writes at once: each call of the C library gives the interpreter's lock up.
+_JOB_BYTES = 1 << 20
+_JOB_PIECES = 512
+_JOBS_AHEAD = 2
 # Plain numbers: combining members of a flag class takes longer than all else here.
 _COMPRESSED, _ENCRYPTED, _HAS_CRC = (
     int(flag) for flag in (ChunkFlags.COMPRESSED, ChunkFlags.ENCRYPTED, ChunkFlags.HAS_CRC)
@@ -153,6 +160,10 @@ class BlobWriter:
         self._digests = bytearray()
         self._toc_entries: list[TocEntry] = []
         self._id_hash = hashlib.sha256()
+        self._thread: ThreadPoolExecutor | None = None
+        self._jobs: deque[Future[None]] = deque()
+        self._waiting: list[Data] = []
+        self._waiting_bytes = 0
         self.position = form.offset
         self.chunk_count = 0
         self.uncompressed_size = 0
@@ -199,7 +210,47 @@ class BlobWriter:
     def _write_stored(self, data: Data) -> None:
         if self.position + len(data) > blobmeta.MAX_COMPRESSED_OFFSET:
             raise BuildError("too much data for one blob", expected="at most 1 TiB")
-        self._write(data)
+        if self._thread is None:
+            self._write(data)
+            return
+        self.position += len(data)
+        self._waiting.append(data)
+        self._waiting_bytes += len(data)
+        if self._waiting_bytes >= _JOB_BYTES or len(self._waiting) >= _JOB_PIECES:
+            self._hand_over(self._thread)
+
+    @contextmanager
+    def in_background(self) -> Iterator[None]:
+        """Write and digest chunks in another thread while the block runs; then all are written.
+
+        The caller must not change what it has added.
+
+        Raises:
+            BuildError: the output cannot be written; also from adding.
+        """
+        thread = ThreadPoolExecutor(1, "blob")
+        self._thread = thread
+        try:
+            yield
+            if self._waiting:
+                self._hand_over(thread)
+            while self._jobs:
+                self._jobs.popleft().result()
+        finally:
+            self._thread = None
+            thread.shutdown(cancel_futures=True)
+
+    def _hand_over(self, thread: ThreadPoolExecutor) -> None:
+        """Let the thread write what is waiting; wait when it has enough to do."""
+        pieces, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        while len(self._jobs) >= _JOBS_AHEAD:
+            self._jobs.popleft().result()
+        self._jobs.append(thread.submit(self._append, pieces))
+
+    def _append(self, pieces: list[Data]) -> None:
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self._output.write(data)
+        self._id_hash.update(data)
 
     def _pack_v2(self, chunk: Chunk) -> bytes:
         if chunk.compressed_size > blobmeta.MAX_COMPRESSED_SIZE_V2:

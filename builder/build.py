@@ -132,6 +132,7 @@ class _Builder:
         writer = BlobWriter(outputs.sink, form, outputs.cache)
         with (
             self.result.timed("build_tree"),
+            writer.in_background(),
             Chunker(writer, form, self.dedup, options.progress, options.workers) as chunker,
         ):
             root = self._load(source, chunker)

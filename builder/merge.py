@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +46,7 @@ class MergeOptions:
         inlined: a source may be a blob that carries its bootstrap.
         undescribed: for each source the directories that it knows only the paths of; those
             below keep their attributes.
+        progress: called with the bytes of each bootstrap that is in.
     """
 
     bootstrap: Path | None = None
@@ -63,6 +64,7 @@ class MergeOptions:
     blob_toc_digests: Sequence[bytes] = ()
     blob_toc_sizes: Sequence[int] = ()
     undescribed: Sequence[Collection[bytes]] = ()
+    progress: Callable[[int], None] | None = None
 
 
 @dataclass(slots=True)
@@ -131,6 +133,8 @@ class _Merger:
             follow_links(self.root, tree, kept)
             tree = apply_layer(self.root, tree, self.options.whiteout_spec, kept)
         self.root, self.last = tree, image
+        if self.options.progress is not None:
+            self.options.progress(image.view.length)
 
     def _renamed(self, blob: BlobEntry, path: Path, number: int) -> BlobEntry:
         options = self.options

@@ -11,10 +11,15 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Counts bytes for the progress line of a command; silent where nobody watches."""
+    """Counts for the progress line of a command; silent where nobody watches.
 
-    def __init__(self, what: str) -> None:
-        self._line = ProgressLine(what)
+    Args:
+        what: what is being done.
+        unit: what is counted; of "MB", bytes.
+    """
+
+    def __init__(self, what: str, unit: str = "MB") -> None:
+        self._line = ProgressLine(what, unit)
         self._done = 0
         self._lock = threading.Lock()
 

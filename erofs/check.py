@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from operator import attrgetter
 from typing import NamedTuple
@@ -43,8 +43,11 @@ class _Links(NamedTuple):
 class _TreeCheck:
     """Walks the tree once; every inode is decoded once, whatever its number of names."""
 
-    def __init__(self, image: Image, out: Collector) -> None:
+    def __init__(
+        self, image: Image, out: Collector, progress: Callable[[int], None] | None
+    ) -> None:
         self.image = image
+        self._progress = progress
         self.out = out
         self.links: dict[int, _Links] = {}
         # Of inodes that have one more than their first; all of them together; of directories.
@@ -67,13 +70,15 @@ class _TreeCheck:
         while stack:
             path, directory, parent = stack.pop()
             prefix = path if path == b"/" else path + b"/"
-            children = []
+            children, before = [], self.names
             for entry in self._entries(path, directory, parent):
                 name = prefix + entry.name
                 child = self._child(name, directory, entry)
                 if child is not None:
                     children.append((name, child, directory.nid))
             stack.extend(reversed(children))
+            if self._progress is not None:
+                self._progress(self.names - before)
             yield from self.out.drain()
             if self._claimed > self.image.view.length:
                 # Without overlaps, the sum of all parts is below the whole: this bounds the work.
@@ -358,21 +363,24 @@ def _check_blobs(image: Bootstrap, out: Collector) -> None:
             out.error(f"blob {index} has no chunks")
 
 
-def check_image(image: Image | BootstrapV5) -> Iterator[Finding]:
+def check_image(
+    image: Image | BootstrapV5, progress: Callable[[int], None] | None = None
+) -> Iterator[Finding]:
     """Yield what is wrong with an image; nothing means that strict readers take it.
 
     The whole tree is decoded: names, types, link counts, xattrs, symlinks, chunk indexes,
     and for a bootstrap the tables against each other (spec rafs-v6 7.1, 7.2). Memory is
     in proportion to the number of inodes, and work to the length of the image. Errors that
-    the reader raises become findings. What is checked of RAFS v5, `check_v5` tells.
+    the reader raises become findings. What is checked of RAFS v5, `check_v5` tells. `progress`
+    is called with the number of names of each directory.
     """
     if isinstance(image, BootstrapV5):
-        yield from check_v5(image)
+        yield from check_v5(image, progress)
         return
     out = Collector(ERROR if isinstance(image, Bootstrap) else WARNING)
     if not image.superblock.root_nid:
         out.error("the root has nid 0, which Linux refuses")
-    tree = _TreeCheck(image, out)
+    tree = _TreeCheck(image, out, progress)
     with out.guard():
         yield from tree.run()
     if isinstance(image, Bootstrap):

@@ -105,21 +105,24 @@ class ProgressLine:
 
     Args:
         what: what is being done.
+        unit: what is counted; of "MB", bytes.
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, unit: str = "MB") -> None:
         self._what = what
+        self._unit = unit
+        self._scale = 1e6 if unit == "MB" else 1
         self._shown = 0.0
         self.enabled = sys.stderr.isatty()
 
     def show(self, done: int, total: int | None = None) -> None:
-        """Show bytes done, at most some times a second."""
+        """Show how many are done, at most some times a second."""
         now = time.monotonic()
         if not self.enabled or now - self._shown < _PROGRESS_SECONDS:
             return
         self._shown = now
-        of = "" if total is None else f" of {total / 1e6:.0f}"
-        sys.stderr.write(f"\r{self._what}: {done / 1e6:.0f}{of} MB\033[K")
+        of = "" if total is None else f" of {total / self._scale:.0f}"
+        sys.stderr.write(f"\r{self._what}: {done / self._scale:.0f}{of} {self._unit}\033[K")
         sys.stderr.flush()
 
     def end(self) -> None:

@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from builder.cli.common import (
 )
 from builder.datacheck import check_data
 from builder.listing import blob_lines, inode_lines, log_features
+from builder.progress import Progress
 from builder.report import report, write_report
 from erofs import AnyBootstrap
 from erofs.check import ERROR, Finding, check_image
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     with open_any_bootstrap(path, inlined=takes_inlined(arguments)) as image:
         log_features(image)
         ids = blob_ids(image, path)
-        sound = _tell(("", finding) for finding in check_image(image))
+        sound = _tell(_check(image))
         seconds = {"load_tree_from_bootstrap": time.monotonic() - start}
         if sound and arguments.data:
             with closing(_backend(arguments)) as backend:
@@ -82,6 +83,17 @@ def run(arguments: argparse.Namespace) -> int:
             )
             write_report(arguments.output_json, content, indent=None)
     return 0
+
+
+def _check(image: AnyBootstrap) -> Iterator[tuple[str, Finding]]:
+    """Check the metadata; the progress line is away while a finding is printed."""
+    progress = Progress("checking", "names")
+    try:
+        for finding in check_image(image, progress.callback()):
+            progress.end()
+            yield "", finding
+    finally:
+        progress.end()
 
 
 def _backend(arguments: argparse.Namespace) -> Backend:

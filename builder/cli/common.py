@@ -1,4 +1,4 @@
-"""What the sub-commands share: numbers, patterns, how a bootstrap is named, progress."""
+"""What the sub-commands share: numbers, patterns, how a bootstrap is named."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from builder.cli.common import read_patterns
 from builder.cli.create import log_success
 from builder.merge import MergeOptions, merge
 from builder.prefetch import PrefetchPolicy
+from builder.progress import Progress
 from builder.report import report, write_report
 
 if TYPE_CHECKING:
@@ -105,24 +106,27 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.config is not None:
         daemon_backend(arguments.config)
     policy = PrefetchPolicy(arguments.prefetch_policy)
-    result, compressor = merge(
-        arguments.sources,
-        MergeOptions(
-            bootstrap=arguments.bootstrap,
-            blob_dir=arguments.blob_dir,
-            parent_bootstrap=arguments.parent_bootstrap,
-            chunk_dict=dictionary_path(arguments.chunk_dict) if arguments.chunk_dict else None,
-            keep_ids=arguments.config is not None,
-            inlined=arguments.config is not None or arguments.blob_dir is not None,
-            prefetch_policy=policy,
-            prefetch_patterns=[] if policy is PrefetchPolicy.NONE else read_patterns(),
-            original_blob_ids=arguments.original_blob_ids,
-            blob_digests=arguments.blob_digests,
-            blob_sizes=arguments.blob_sizes,
-            blob_toc_digests=arguments.blob_toc_digests,
-            blob_toc_sizes=arguments.blob_toc_sizes,
-        ),
+    progress = Progress("merging")
+    options = MergeOptions(
+        bootstrap=arguments.bootstrap,
+        blob_dir=arguments.blob_dir,
+        parent_bootstrap=arguments.parent_bootstrap,
+        chunk_dict=dictionary_path(arguments.chunk_dict) if arguments.chunk_dict else None,
+        keep_ids=arguments.config is not None,
+        inlined=arguments.config is not None or arguments.blob_dir is not None,
+        prefetch_policy=policy,
+        prefetch_patterns=[] if policy is PrefetchPolicy.NONE else read_patterns(),
+        original_blob_ids=arguments.original_blob_ids,
+        blob_digests=arguments.blob_digests,
+        blob_sizes=arguments.blob_sizes,
+        blob_toc_digests=arguments.blob_toc_digests,
+        blob_toc_sizes=arguments.blob_toc_sizes,
+        progress=progress.callback(),
     )
+    try:
+        result, compressor = merge(arguments.sources, options)
+    finally:
+        progress.end()
     if arguments.output_json is not None:
         content = report(
             bootstrap=result.bootstrap,

@@ -7,7 +7,7 @@ here; `builder.datacheck` verifies the data.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from erofs import layout
 from erofs.digest import digest
@@ -25,8 +25,11 @@ _KNOWN_CHUNK_FLAGS = ChunkFlags.COMPRESSED | ChunkFlags.HAS_CRC
 class _TreeCheckV5:
     """Walks the tree once, and every place of the inode table at most once."""
 
-    def __init__(self, image: BootstrapV5, out: Collector) -> None:
+    def __init__(
+        self, image: BootstrapV5, out: Collector, progress: Callable[[int], None] | None
+    ) -> None:
         self.image = image
+        self._progress = progress
         self.out = out
         self.seen = bytearray(image.name_count + 1)
         self.names: Counter[int] = Counter()
@@ -43,13 +46,16 @@ class _TreeCheckV5:
         stack = [(b"/", root)]
         while stack:
             path, directory = stack.pop()
-            children = []
+            children, names = [], 0
             for name, child in self._children(path, directory):
                 self._inode(name, child)
+                names += 1
                 if child.is_dir:
                     self.subdirectories[directory.nid] += 1
                     children.append((name, child))
             stack.extend(reversed(children))
+            if self._progress is not None:
+                self._progress(names)
             yield from self.out.drain()
             if self._claimed > self.image.view.length:
                 # Records do not overlap: this bounds the work.
@@ -180,16 +186,19 @@ def _check_tables(image: BootstrapV5, tree: _TreeCheckV5, out: Collector) -> Non
             out.error(f"prefetch table names inode {nid}, which is not in the tree")
 
 
-def check_v5(image: BootstrapV5) -> Iterator[Finding]:
+def check_v5(
+    image: BootstrapV5, progress: Callable[[int], None] | None = None
+) -> Iterator[Finding]:
     """Yield what is wrong with a v5 bootstrap; nothing means that the original takes it.
 
     The whole tree is decoded: names and their order, parents, links, xattrs, targets, chunks
     against the blob tables, and every inode digest: a file's is that of its chunk digests, a
     directory's that of its children's, so the root's stands for all but names and attributes.
-    Memory is in proportion to the number of names. Errors become findings.
+    Memory is in proportion to the number of names. Errors become findings. `progress` is called
+    with the number of names of each directory.
     """
     out = Collector()
-    tree = _TreeCheckV5(image, out)
+    tree = _TreeCheckV5(image, out, progress)
     with out.guard():
         yield from tree.run()
     with out.guard():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from builder.errors import BuildError
+from builder.source.ahead import AheadStream
 from builder.source.unpacking import GzipStream, ZstdStream, is_gzip, is_zstd
 from builder.tarstream import ByteStream
 from erofs.errors import error_context
@@ -62,18 +63,22 @@ def open_tar(source: Path | BinaryIO, *, unpack: bool = True) -> Iterator[io.Buf
     """
     with open_source(source) as raw, ExitStack() as stack:
         head = raw.peek(_MAGIC_BYTES)[:_MAGIC_BYTES]
-        packed: io.RawIOBase | None = None
+        packed: GzipStream | ZstdStream | AheadStream | None = None
         if is_gzip(head):
             packed = stack.enter_context(GzipStream(raw))
         elif is_zstd(head):
             packed = stack.enter_context(ZstdStream(raw))
         if packed is not None and not unpack:
             raise BuildError("is compressed, a plain tar is wanted")
+        is_file = isinstance(source, Path) and source.is_file()
+        if packed is not None and is_file:
+            # Not of a pipe: nobody could interrupt a thread that waits for its writer.
+            packed = stack.enter_context(AheadStream(packed))
         stream: io.BufferedReader[Any] = (
             raw if packed is None else io.BufferedReader(packed, _BUFFER_BYTES)
         )
         yield stream
-        if packed is not None or not (isinstance(source, Path) and source.is_file()):
+        if packed is not None or not is_file:
             drain(stream)
 
 

@@ -7,13 +7,12 @@ rafs-v6 4.1 to 4.9.
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from builder.behind import WriteBehind
 from builder.errors import BuildError
 from erofs import Chunk, blobmeta, codec, framing, rafs
 from erofs.blobmeta import CiFlags, CompressionInfoV2, CompressionTableHeader
@@ -27,10 +26,6 @@ __all__ = ["BlobFormat", "BlobWriter", "CacheSink", "Data", "Place", "Stored", "
 
 Data = bytes | bytearray | memoryview
 
-# What a thread writes at once: each call of the C library gives the interpreter's lock up.
-_JOB_BYTES = 1 << 20
-_JOB_PIECES = 512
-_JOBS_AHEAD = 2
 # Plain numbers: combining members of a flag class takes longer than all else here.
 _COMPRESSED, _ENCRYPTED, _HAS_CRC = (
     int(flag) for flag in (ChunkFlags.COMPRESSED, ChunkFlags.ENCRYPTED, ChunkFlags.HAS_CRC)
@@ -160,19 +155,14 @@ class BlobWriter:
         self._digests = bytearray()
         self._toc_entries: list[TocEntry] = []
         self._id_hash = hashlib.sha256()
-        self._thread: ThreadPoolExecutor | None = None
-        self._jobs: deque[Future[None]] = deque()
-        self._waiting: list[Data] = []
-        self._waiting_bytes = 0
+        self._behind: WriteBehind | None = None
         self.position = form.offset
         self.chunk_count = 0
         self.uncompressed_size = 0
         self.content_size = 0
 
-    def _write(self, data: Data, *, in_id: bool = True) -> None:
-        self._output.write(data)
-        if in_id:
-            self._id_hash.update(data)
+    def _write(self, data: Data) -> None:
+        self._append(data)
         self.position += len(data)
 
     def add_chunk(self, chunk: Chunk, data: Data, stored: Stored) -> None:
@@ -210,45 +200,29 @@ class BlobWriter:
     def _write_stored(self, data: Data) -> None:
         if self.position + len(data) > blobmeta.MAX_COMPRESSED_OFFSET:
             raise BuildError("too much data for one blob", expected="at most 1 TiB")
-        if self._thread is None:
+        if self._behind is None:
             self._write(data)
-            return
-        self.position += len(data)
-        self._waiting.append(data)
-        self._waiting_bytes += len(data)
-        if self._waiting_bytes >= _JOB_BYTES or len(self._waiting) >= _JOB_PIECES:
-            self._hand_over(self._thread)
+        else:
+            self._behind.write(data)
+            self.position += len(data)
 
     @contextmanager
     def in_background(self) -> Iterator[None]:
-        """Write and digest chunks in another thread while the block runs; then all are written.
+        """Write and digest chunks behind the block, which ends when all are written.
 
-        The caller must not change what it has added.
+        The output has to be a file (see `WriteBehind`), and what is added may not be changed.
 
         Raises:
             BuildError: the output cannot be written; also from adding.
         """
-        thread = ThreadPoolExecutor(1, "blob")
-        self._thread = thread
-        try:
-            yield
-            if self._waiting:
-                self._hand_over(thread)
-            while self._jobs:
-                self._jobs.popleft().result()
-        finally:
-            self._thread = None
-            thread.shutdown(cancel_futures=True)
+        with WriteBehind(self._append) as behind:
+            self._behind = behind
+            try:
+                yield
+            finally:
+                self._behind = None
 
-    def _hand_over(self, thread: ThreadPoolExecutor) -> None:
-        """Let the thread write what is waiting; wait when it has enough to do."""
-        pieces, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        while len(self._jobs) >= _JOBS_AHEAD:
-            self._jobs.popleft().result()
-        self._jobs.append(thread.submit(self._append, pieces))
-
-    def _append(self, pieces: list[Data]) -> None:
-        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    def _append(self, data: Data) -> None:
         self._output.write(data)
         self._id_hash.update(data)
 
@@ -393,7 +367,8 @@ class BlobWriter:
     def _write_digests(self) -> None:
         offset, digests = self.position, bytes(self._digests)
         # The blob id leaves the digest array out, but not the header behind it (spec 4.7).
-        self._write(digests, in_id=False)
+        self._output.write(digests)
+        self.position += len(digests)
         self._end_section(framing.SECTION_DIGEST, len(digests))
         self._add_toc_entry(
             framing.SECTION_DIGEST, hashlib.sha256(digests).digest(), offset,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -130,9 +130,10 @@ class _Builder:
         """Put the content of the source into a blob; raise `BuildError`."""
         options, form = self.options, _form(self.options)
         writer = BlobWriter(outputs.sink, form, outputs.cache)
+        is_file = outputs.blob is not None and outputs.blob.is_file
         with (
             self.result.timed("build_tree"),
-            writer.in_background(),
+            writer.in_background() if is_file else nullcontext(),
             Chunker(writer, form, self.dedup, options.progress, options.workers) as chunker,
         ):
             root = self._load(source, chunker)

@@ -45,6 +45,11 @@ class OutputFile:
             raise BuildError(f"cannot be written ({error.strerror})", path=target) from error
         self._file = os.fdopen(descriptor, "wb", buffering=1 << 20)
 
+    @property
+    def is_file(self) -> bool:
+        """Whether nobody has to read before more can be written."""
+        return self._temporary is not None
+
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append bytes; raise `BuildError`."""
         try:

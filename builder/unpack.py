@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from builder.behind import WriteBehind
 from builder.bootstrap import blob_ids, load_tree, open_any_bootstrap
 from builder.chunkreader import BlobProvider, ChunkReader, ReadAhead
 from builder.errors import BuildError
@@ -135,7 +136,11 @@ def unpack(
     if output.is_dir():
         raise BuildError("is a directory, a file is wanted", path=output)
     with OutputFile(output, TAR_MODE) as file:
-        result = _write(root, file, chunks, progress)
+        if file.is_file:
+            with WriteBehind(file.write) as behind:
+                result = _write(root, behind, chunks, progress)
+        else:
+            result = _write(root, file, chunks, progress)
         file.commit()
     return result
 

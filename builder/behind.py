@@ -1,0 +1,74 @@
+"""Write behind whoever makes the bytes, in another thread.
+
+Each call of the C library gives the interpreter's lock up and waits for it again, so what is
+small is joined first.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+__all__ = ["WriteBehind"]
+
+_JOB_BYTES = 1 << 20
+_JOB_PIECES = 512
+_JOBS_AHEAD = 2
+_Data = bytes | bytearray | memoryview
+
+
+class WriteBehind:
+    """Hands pieces to a function in order, joined; all when the block ends without an error.
+
+    A context manager. Whoever adds a piece must not change it any more.
+
+    Args:
+        take: is only called by the thread; it must not wait for anybody, since nothing
+            interrupts it.
+
+    Raises:
+        What `take` raises, from `write` or from the end of the block.
+    """
+
+    def __init__(self, take: Callable[[_Data], None]) -> None:
+        self._take = take
+        self._thread = ThreadPoolExecutor(1, "behind")
+        self._jobs: deque[Future[None]] = deque()
+        self._pieces: list[_Data] = []
+        self._size = 0
+
+    def write(self, data: _Data) -> None:
+        """Add a piece; wait when the thread has enough to do."""
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size >= _JOB_BYTES or len(self._pieces) >= _JOB_PIECES:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        pieces, self._pieces, self._size = self._pieces, [], 0
+        while len(self._jobs) >= _JOBS_AHEAD:
+            self._jobs.popleft().result()
+        self._jobs.append(self._thread.submit(self._join, pieces))
+
+    def _join(self, pieces: list[_Data]) -> None:
+        self._take(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._hand_over()
+                while self._jobs:
+                    self._jobs.popleft().result()
+        finally:
+            self._thread.shutdown(cancel_futures=True)

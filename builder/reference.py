@@ -6,9 +6,11 @@ The layer is a tar, or a gzip file with one; it is read once, front to back.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 
+from builder.behind import WriteBehind
 from builder.blob import BlobFormat, BlobWriter, CacheSink, Data, Place, Sink, Stored, pack_v1
 from builder.chunker import Chunker, ChunkerStats, ContentReader, Deduplication, Piece
 from builder.errors import BuildError
@@ -252,12 +254,12 @@ def load_layer(
         BuildError: it is broken, or of a kind that cannot be referred to.
     """
     name = source_name(source)
-    with open_source(source) as raw:
+    state, zran = sha256(), None
+    with open_source(source) as raw, WriteBehind(state.update) as behind:
         head = raw.peek(_MAGIC_BYTES)[:_MAGIC_BYTES]
         if is_zstd(head):
             raise BuildError("zstd cannot be read from the middle: convert it with targz-rafs")
-        measured = MeasuredStream(raw, digest=blob_id is None)
-        zran = None
+        measured = MeasuredStream(raw, behind.write if blob_id is None else None)
         if is_gzip(head):
             with ZranStream(measured, chunk_size) as zran:
                 chunker.places = zran
@@ -267,5 +269,5 @@ def load_layer(
             chunker.places = _TarPlaces(measured)
             root = load_tar(measured, name, chunker, options, in_place=True)
         measured.drain()
-        writer.set_layer(Layer(blob_id or measured.hexdigest(), measured.position), zran)
+    writer.set_layer(Layer(blob_id or state.hexdigest(), measured.position), zran)
     return root

@@ -6,9 +6,11 @@ found by `builder.source.tar`; here is where their content lies, and what the wh
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from builder.behind import WriteBehind
 from builder.errors import BuildError
 from builder.source.measuring import MeasuredStream
 from builder.source.opening import open_tar, source_name
@@ -87,8 +89,9 @@ def index_tar(
     Raises:
         BuildError: the tar is broken, compressed, or larger than readers take.
     """
-    with open_tar(source, unpack=False) as stream:
-        measured = MeasuredStream(stream, digest=blob_id is None)
+    state = sha256()
+    with open_tar(source, unpack=False) as stream, WriteBehind(state.update) as behind:
+        measured = MeasuredStream(stream, behind.write if blob_id is None else None)
         pieces = _Pieces(measured, chunk_size)
         root = load_tar(measured, source_name(source), pieces, options, in_place=True)
         measured.drain()
@@ -99,7 +102,7 @@ def index_tar(
         )
     if not pieces.count:
         return TarIndex(root, None, size)
-    name = blob_id or measured.hexdigest()
+    name = blob_id or state.hexdigest()
     return TarIndex(root, _entry(name, size, pieces.count, chunk_size), size)
 
 

@@ -1,8 +1,8 @@
-"""A source whose place and digest are known while it is read."""
+"""A source whose place is known while it is read, and whose bytes somebody else gets, too."""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable
 
 from builder.tarstream import ByteStream
 
@@ -12,11 +12,16 @@ _DRAIN_BYTES = 1 << 20
 
 
 class MeasuredStream:
-    """Passes a stream through and knows its position and, where wanted, its SHA-256."""
+    """Passes a stream through and knows its position.
 
-    def __init__(self, stream: ByteStream, *, digest: bool = True) -> None:
+    Args:
+        stream: what is read.
+        take: gets all bytes in order, for instance to digest them.
+    """
+
+    def __init__(self, stream: ByteStream, take: Callable[[bytes], object] | None = None) -> None:
         self._stream = stream
-        self._state = hashlib.sha256() if digest else None
+        self._take = take
         self.position = 0
 
     def read(self, size: int, /) -> bytes:  # noqa: D102 -- as in io.BufferedIOBase
@@ -31,8 +36,9 @@ class MeasuredStream:
 
     def _count(self, data: bytes | memoryview) -> None:
         self.position += len(data)
-        if self._state is not None:
-            self._state.update(data)
+        if self._take is not None:
+            # Of what is no buffer of the caller's, this is no copy.
+            self._take(bytes(data))
 
     def drain(self) -> None:
         """Read on to the end: what lies behind the end marker belongs to the tar.
@@ -41,7 +47,3 @@ class MeasuredStream:
         """
         while self.read(_DRAIN_BYTES):
             pass
-
-    def hexdigest(self) -> str:
-        """Return the SHA-256 of what was read, an empty text when it is not wanted."""
-        return "" if self._state is None else self._state.hexdigest()

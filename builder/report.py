@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from builder.output import write_file
-from erofs.console import VERSION
 from erofs.rafs import Compressor
+from erofs.version import VERSION
 
 __all__ = ["COMPRESSOR_NAMES", "owner_events", "report", "write_report"]
 

@@ -1,4 +1,4 @@
-"""What the command lines share: version, log lines, parser and progress; standard library only."""
+"""What the command lines share: log lines, parser and progress; standard library only."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 __all__ = [
-    "GIT_COMMIT",
     "LOG_LEVELS",
-    "VERSION",
     "CommandParser",
     "ProgressLine",
     "log_path",
     "log_to",
-    "print_version",
     "set_up_logging",
 ]
 
@@ -28,25 +25,8 @@ LOG_LEVELS = {
     "warn": logging.WARNING,
     "error": logging.ERROR,
 }
-# That of pyproject.toml, which a test compares: to read an installed package's takes 20 ms.
-VERSION = "0.1.0"
-# The package does not know the commit that it was made of; the API says the same word.
-GIT_COMMIT = "unknown"
 _NAMES = {"WARNING": "WARN"}
 _PROGRESS_SECONDS = 0.2
-
-
-def print_version(program: str) -> None:
-    """Print what callers parse: a label, a tab and the value in each line (spec tools 2.1).
-
-    nydus-snapshotter looks for the line of the commit.
-    """
-    print(f"{program} Version: \t{VERSION}")
-    print(f"Git Commit: \t{GIT_COMMIT}")
-    print("Build Time: \tunknown")
-    print("Profile: \trelease")
-    print(f"Python: \t{sys.version.split()[0]}")
-    print()
 
 
 class CommandParser(argparse.ArgumentParser):

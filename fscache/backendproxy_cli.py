@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
-from erofs.console import VERSION, CommandParser, set_up_logging
+from erofs.console import CommandParser, set_up_logging
+from erofs.version import VERSION
 from fscache.backendproxy import BackendProxy, ProxyError
 
 __all__ = ["main"]

@@ -14,8 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from erofs.console import LOG_LEVELS, CommandParser, ProgressLine, print_version
+from erofs.console import LOG_LEVELS, CommandParser, ProgressLine
 from erofs.errors import NydusError
+from erofs.version import print_version
 from fscache.cli_image import (
     add_filesystem,
     add_ignored,

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from erofs.console import VERSION, CommandParser
+from erofs.console import CommandParser
 from erofs.errors import NydusError
+from erofs.version import VERSION
 from fscache.ctl_client import BODY_LIMIT, ApiClient, CtlError
 from fscache.ctl_list import prefetch_list, write_list
 from fscache.ctl_text import (

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from erofs.console import GIT_COMMIT, VERSION
+from erofs.version import GIT_COMMIT, VERSION
 from fscache.backend.base import LATENCY_CLASSES, BackendCounts
 from fscache.image import ServedImage
 from fscache.lifecycle import State

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Protocol
 
-from erofs.console import GIT_COMMIT, LOG_LEVELS, VERSION
+from erofs.console import LOG_LEVELS
+from erofs.version import GIT_COMMIT, VERSION
 from fscache.apimessage import DONE, Answer, Refusal, Request, text
 from fscache.events import ErrorRing
 from fscache.lifecycle import State

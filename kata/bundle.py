@@ -18,8 +18,8 @@ from builder.oci.layout import LayoutSource, is_layout
 from builder.oci.place import Source
 from builder.oci.records import Platform
 from builder.output import write_file
-from erofs.console import VERSION
 from erofs.errors import NydusError
+from erofs.version import VERSION
 from kata.bundlefiles import DISK_NAME, BundledDisk, bundle_files
 from kata.bundlesource import BundleSource, open_folder, open_image
 from kata.verity import DmVerity

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
-from erofs.console import VERSION, CommandParser
+from erofs.console import CommandParser
 from erofs.errors import NydusError
+from erofs.version import VERSION
 from kata.errors import OptionError
 from kata.extraoption import NydusExtraOptions, detect_fs_version
 from kata.guestpull import guest_pull_volume

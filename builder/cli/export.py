@@ -13,8 +13,8 @@ from builder.export import ExportOptions, ExportResult, VerityOptions, export_bl
 from builder.output import write_file
 from builder.progress import Progress
 from builder.report import REPORT_MODE, write_report
-from erofs.console import VERSION
 from erofs.verity import NYDUS_FILLER, HashTree
+from erofs.version import VERSION
 from fscache.backend import Backend, open_backend
 
 if TYPE_CHECKING:

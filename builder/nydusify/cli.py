@@ -14,8 +14,8 @@ from typing import Protocol
 from builder.nydusify.flags import Command, Flag, UsageError, Values, parse_flags
 from builder.nydusify.logrus import LEVELS, set_up_logging
 from builder.termination import exit_status, terminable
-from erofs.console import VERSION
 from erofs.errors import NydusError
+from erofs.version import VERSION
 
 __all__ = ["main"]
 

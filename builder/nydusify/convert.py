@@ -30,8 +30,8 @@ from builder.oci.records import Manifest
 from builder.output import write_file
 from builder.progress import Progress
 from builder.proof.prover import Prover, SourceReader
-from erofs.console import VERSION
 from erofs.rafs import Compressor, Digester
+from erofs.version import VERSION
 
 __all__ = ["COMMAND", "convert_one", "run", "target_text"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from erofs.console import VERSION
+from erofs.version import VERSION
 
 
 def test_version_is_that_of_the_project() -> None:

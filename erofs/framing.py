@@ -75,8 +75,9 @@ class TocEntry(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The name for messages."""
-        return self.name.decode(errors="backslashreplace")
+        """The name for messages, what is not printable escaped."""
+        text = self.name.decode(errors="backslashreplace")
+        return text if text.isprintable() else ascii(text)[1:-1]
 
     def check_digest(self, plain: bytes | memoryview) -> None:
         """Raise `IntegrityError` unless the uncompressed section has its digest."""

@@ -89,6 +89,15 @@ def test_toc_that_places_a_section_outside():
         framing.read_toc(View(framing.pack_toc([entry])))
 
 
+def test_names_of_sections_are_one_printable_line():
+    """Found by fuzzing: a name with a line feed made two lines of a message."""
+    entry = framing.TocEntry(1, b"a\nb\x1b[m", bytes(32), 1 << 60, 5, 5)
+    blob = framing.pack_toc([entry])
+    with pytest.raises(OutOfBounds) as caught:
+        framing.read_toc(View(blob))
+    assert "section a\\nb\\x1b[m outside" in str(caught.value)
+
+
 def test_other_tars_are_not_a_toc():
     with pytest.raises(BadMagic, match="no ToC"):
         framing.read_toc(View(bytes(128) + framing.pack_section_header(b"blob.meta", 128)))

@@ -86,11 +86,11 @@ def run(values: Values, environment: Mapping[str, str]) -> int:
     """Commit; return the exit status."""
     _check_words(values)
     paths = _Paths.parse(values.texts("with-path"))
+    if paths.mounts and values.text("upper"):
+        raise UsageError("--with-path needs a container, whose mounts it means")
     with ExitStack() as stack:
         work = stack.enter_context(work_directory(values, "nydusify-commiter-"))
         if values.text("upper"):
-            if paths.mounts:
-                raise UsageError("--with-path needs a container, whose mounts it means")
             _Commit(values, environment, work, paths).run_directory(Path(values.text("upper")))
             return 0
         with _explained("failed to resolve container ID: failed to walk containers"):

@@ -317,7 +317,7 @@ def test_message_of_the_real_tool(tmp_path):
     assert done.last == wanted.replace("timeout", "No such file or directory")
 
 
-def test_words():
+def test_words(tmp_path):
     for words, last in (
         ((), 'Required flags "container, target" not set'),
         (("--target", "x"), 'Required flag "container" not set'),
@@ -328,8 +328,9 @@ def test_words():
         (("--container", "c", "--target", "x", "--with-path", "data"), "--with-path should be"),
         (("--upper", "u", "--source", "s", "--target", "x", "--with-path", "/d"), "--with-path"),
     ):
-        done = nydusify("commit", *words, "--work-dir", "/nonexistent/work")
+        done = nydusify("commit", *words, "--work-dir", tmp_path / "work")
         assert done.status == 1
+        assert not (tmp_path / "work").exists()
         assert done.last.startswith(last)
 
 

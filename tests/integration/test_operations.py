@@ -258,8 +258,8 @@ def doctor(*words, **options):
 
 
 # Mounts of other tests do not come into a namespace of its own; some go, with their directories.
-ALONE = """cat /proc/self/mountinfo; echo AFTER; "$@" >&2; status=$?
-cat /proc/self/mountinfo; exit $status"""
+ALONE = """cat /proc/self/mountinfo >before; "$@"; status=$?
+cat /proc/self/mountinfo >after; exit $status"""
 
 
 def loops_below(directory):
@@ -268,20 +268,22 @@ def loops_below(directory):
 
 
 def test_doctor_agrees_with_the_daemon_and_leaves_nothing(tmp_path):
+    work_dir = tmp_path / "work"
+    work_dir.mkdir()
     program = Path(sys.executable).with_name("nydusd")
     result = subprocess.run(
         ["unshare", "--mount", "sh", "-c", ALONE, "sh",
-         program, "doctor", "--work-dir", tmp_path, "--json"],
-        capture_output=True, text=True, check=False,
+         program, "doctor", "--work-dir", work_dir, "--json"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
-    assert result.returncode == 0
-    before, _, after = result.stdout.partition("AFTER\n")
-    assert set(after.splitlines()) <= set(before.splitlines())
-    assert list(tmp_path.rglob("*")) == loops_below(tmp_path) == []
-    report = json.loads(result.stderr)
+    assert (result.returncode, result.stderr) == (0, "")
+    before, after = ((tmp_path / name).read_text().splitlines() for name in ("before", "after"))
+    assert set(after) <= set(before)
+    assert list(work_dir.rglob("*")) == loops_below(work_dir) == []
+    report = json.loads(result.stdout)
     assert report["lazy"]
     assert report["chosen"] == "fanotify on plain files"
-    assert report["work_dir"] == str(tmp_path)
+    assert report["work_dir"] == str(work_dir)
     verdicts = {check["name"]: check["verdict"] for check in report["checks"]}
     assert verdicts["lazy read, tried"] == verdicts["privilege"] == verdicts["EROFS"] == "yes"
 

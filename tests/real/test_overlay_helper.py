@@ -88,8 +88,8 @@ def test_a_container_starts_and_its_options_stay_outside(make_rig, archive, laye
     assert options[:2] == ["rw", "relatime"]
     assert not [word for word in options if "extraoption" in word or "kata" in word]
     calls = rig.calls()
-    # The client looks for users in it, the shim runs it; and mounts it anew when its reaper was
-    # faster than who waits for the helper (ECHILD, containerd's mount/mount_linux.go).
+    # The client looks for users in it, the shim runs it. It may mount it several times: 1.6 was
+    # seen to, and 1.7 and 2.2 do on ECHILD (mount/mount_linux.go); that this was it is a guess.
     assert len({call for call in calls if "/rootfs -o" in call}) == 1
     assert len(calls) >= 2
     for call in calls:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from capabilities import requires
+from leftovers import no_erofs_left, no_open_file_left
 
 from fscache import kernel
 from fscache.channel.eager import mount_complete
@@ -135,13 +136,11 @@ def test_errors_name_place_and_reason(complete, change, code, text):
             mountpoint.rmdir()
         case "mount point is a file":
             mountpoint = image
-    sysfs, descriptors = os.listdir("/sys/fs/erofs"), os.listdir("/proc/self/fd")
-    with pytest.raises(MountError, match=text) as caught:
+    refused = pytest.raises(MountError, match=text)
+    with no_erofs_left(), no_open_file_left(), refused as caught:
         mount_erofs(image, devices, mountpoint)
     assert caught.value.errno == code
     assert str(complete.directory) in str(caught.value)
-    assert os.listdir("/sys/fs/erofs") == sysfs
-    assert os.listdir("/proc/self/fd") == descriptors
 
 
 def test_kernel_log_lines_are_in_the_error(complete):
@@ -180,10 +179,8 @@ def test_loop_device_is_read_only_and_goes_with_its_last_user(complete):
 
 @requires("loop")
 def test_loop_device_errors_name_the_file(complete):
-    before = os.listdir("/proc/self/fd")
-    with pytest.raises(LoopError, match="absent"):
+    with no_open_file_left(), pytest.raises(LoopError, match="absent"):
         LoopDevice.attach(complete.directory / "absent")
-    assert os.listdir("/proc/self/fd") == before
 
 
 @requires("loop")

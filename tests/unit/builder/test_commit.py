@@ -26,6 +26,7 @@ from tests.fakes.containerd import PAUSED, FakeContainer, FakeContainerd
 from tests.fakes.oci_image import Image, add_index
 from tests.fakes.oci_registry import Fault, OciRegistry
 from tests.fixtures_path import needs_fixtures
+from tests.leftovers import no_open_file_left
 from tests.nydusify_images import Case, nydusify
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -404,14 +405,13 @@ def test_no_symlink_is_followed(tmp_path):
 
 
 def test_descriptors_are_closed_when_a_walk_ends_early(upper, opened):
-    before = len(os.listdir("/proc/self/fd"))
-    pieces = upper_layer(opened)
-    next(pieces)
-    pieces.close()
-    (upper / "etc/.wh.x").write_text("")
-    with pytest.raises(BuildError):
-        b"".join(upper_layer(opened))
-    assert len(os.listdir("/proc/self/fd")) == before
+    with no_open_file_left():
+        pieces = upper_layer(opened)
+        next(pieces)
+        pieces.close()
+        (upper / "etc/.wh.x").write_text("")
+        with pytest.raises(BuildError):
+            b"".join(upper_layer(opened))
 
 
 def test_messages_that_are_broken():

@@ -24,6 +24,7 @@ from fscache.backendproxy import (
     Target,
     parse_range,
 )
+from tests.leftovers import no_open_file_left
 
 DATA = bytes(range(256)) * 4096  # 1 MiB
 BLOB = "a" * 64
@@ -438,23 +439,18 @@ def test_a_file_cut_short_ends_the_connection(proxy, directory):
             response.read()
 
 
-def open_files():
-    return len(os.listdir("/proc/self/fd"))
-
-
 def test_no_descriptor_is_left(connection, directory, proxy, tmp_path):
     (directory / "outside").symlink_to(tmp_path / "secret")
     paths = (URL, "/none", "/outside", "/..")
     # A file is closed before the next request is read, and the last path opens none.
     for path in paths:
         ask(connection, path)
-    before = open_files()
-    for path in paths:
-        ask(connection, path)
-        ask(connection, path, Range="bytes=9999999-")
-    with pytest.raises(ProxyError):
-        BackendProxy(directory, LOOPBACK, int(proxy.url.rsplit(":", 1)[1]))
-    assert open_files() == before
+    with no_open_file_left():
+        for path in paths:
+            ask(connection, path)
+            ask(connection, path, Range="bytes=9999999-")
+        with pytest.raises(ProxyError):
+            BackendProxy(directory, LOOPBACK, int(proxy.url.rsplit(":", 1)[1]))
 
 
 # Start and end

@@ -10,6 +10,7 @@ import pytest
 from fscache.holder.journal import Journal, JournalError
 from fscache.holder.process import Holder
 from fscache.holder.wire import WireError, receive, send
+from tests.leftovers import no_open_file_left
 
 
 @pytest.fixture
@@ -56,12 +57,11 @@ def test_end_between_messages_is_none(pair):
 )
 def test_broken_messages_leave_no_descriptor(pair, data):
     ours, theirs = pair
-    before = set(os.listdir("/proc/self/fd"))
-    socket.send_fds(ours, [data], [0])
-    ours.shutdown(socket.SHUT_WR)
-    with pytest.raises(WireError):
-        receive(theirs)
-    assert set(os.listdir("/proc/self/fd")) == before
+    with no_open_file_left():
+        socket.send_fds(ours, [data], [0])
+        ours.shutdown(socket.SHUT_WR)
+        with pytest.raises(WireError):
+            receive(theirs)
 
 
 def event(fd):

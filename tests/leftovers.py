@@ -1,0 +1,44 @@
+"""What a test may leave behind, told from what others open, close and mount meanwhile.
+
+Threads of earlier tests of a process may still close files, and another process of pytest
+mounts images at the same time: lists of before and after are rarely equal.
+"""
+
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+SECONDS = 60
+
+
+def open_files() -> set[str]:
+    """Return the open descriptors of this process, each with what it refers to."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.add(f"{name} {os.readlink(f'/proc/self/fd/{name}')}")
+        except FileNotFoundError:  # the listing itself, or a thread's
+            continue
+    return found
+
+
+@contextmanager
+def no_open_file_left():
+    """Fail when a descriptor is there at the end that was not there at the beginning."""
+    before = open_files()
+    yield
+    assert open_files() - before == set()
+
+
+@contextmanager
+def no_erofs_left():
+    """Fail when a file system that appeared in the body stays: those of other tests go."""
+    sysfs = Path("/sys/fs/erofs")
+    before = set(os.listdir(sysfs))
+    yield
+    new = set(os.listdir(sysfs)) - before
+    end = time.monotonic() + SECONDS
+    while left := new & set(os.listdir(sysfs)):
+        assert time.monotonic() < end, left
+        time.sleep(0.05)

@@ -42,3 +42,16 @@ def no_erofs_left():
     while left := new & set(os.listdir(sysfs)):
         assert time.monotonic() < end, left
         time.sleep(0.05)
+
+
+def loops_over(place: Path) -> list[str]:
+    """Return the loop devices whose backing file is `place`, or lies below it."""
+    found = []
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            file = backing.read_text().removesuffix("\n")
+        except OSError:  # let go meanwhile, by its user
+            continue
+        if Path(file).is_relative_to(place):
+            found.append(backing.parents[1].name)
+    return found

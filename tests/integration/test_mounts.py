@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from capabilities import requires
-from leftovers import no_erofs_left, no_open_file_left
+from leftovers import loops_over, no_erofs_left, no_open_file_left
 
 from fscache import kernel
 from fscache.channel.eager import mount_complete
@@ -24,15 +24,6 @@ def complete(rig):
     os.pwrite(rig.writer, rig.truth, 0)
     rig.link = rig.data
     return rig
-
-
-def loops_over(file):
-    """Return the loop devices whose backing file is `file`."""
-    return [
-        backing.parents[1].name
-        for backing in Path("/sys/block").glob("loop*/loop/backing_file")
-        if backing.read_text().strip().endswith(file.name)
-    ]
 
 
 def test_mount_read_unmount(complete):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from capabilities import missing, need_tool, requires
 from fakes.blob_server import BlobServer
+from leftovers import loops_over
 from prometheus_client.parser import text_string_to_metric_families
 from serving import build_image, wait_until, write_config
 
@@ -262,11 +263,6 @@ ALONE = """cat /proc/self/mountinfo >before; "$@"; status=$?
 cat /proc/self/mountinfo >after; exit $status"""
 
 
-def loops_below(directory):
-    backings = (path.read_text() for path in Path("/sys/block").glob("loop*/loop/backing_file"))
-    return [path for path in backings if path.startswith(str(directory))]
-
-
 def test_doctor_agrees_with_the_daemon_and_leaves_nothing(tmp_path):
     work_dir = tmp_path / "work"
     work_dir.mkdir()
@@ -279,7 +275,7 @@ def test_doctor_agrees_with_the_daemon_and_leaves_nothing(tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     before, after = ((tmp_path / name).read_text().splitlines() for name in ("before", "after"))
     assert set(after) <= set(before)
-    assert list(work_dir.rglob("*")) == loops_below(work_dir) == []
+    assert list(work_dir.rglob("*")) == loops_over(work_dir) == []
     report = json.loads(result.stdout)
     assert report["lazy"]
     assert report["chosen"] == "fanotify on plain files"

@@ -3,6 +3,7 @@
 HYPOTHESIS_PROFILE is `dev` (few examples, random) or `ci` (the same examples every time).
 """
 
+import logging
 import os
 
 import pytest
@@ -15,6 +16,16 @@ _COMMON = {
 settings.register_profile("dev", max_examples=60, **_COMMON)
 settings.register_profile("ci", max_examples=60, derandomize=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """Take away what a command line did to the log: its stderr ends with its test."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def _printable(text: str) -> str:

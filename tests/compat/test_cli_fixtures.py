@@ -8,7 +8,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import logging
 import re
 import shlex
 import shutil
@@ -25,15 +24,6 @@ pytestmark = needs_fixtures
 
 MADE = FIXTURES / "made-by-nydus-image"
 STAMP = re.compile(r"^\[[^]]*\] ", re.MULTILINE)
-
-
-@pytest.fixture(autouse=True)
-def _keep_logging():
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import io
 import json
-import logging
 import tarfile
 from collections import Counter
 
@@ -46,15 +45,6 @@ UNPACKED = {
     "tar-v5": ("l2", MADE / "cases/unpack/out.tar.gz"),
     "tar-v5-none-sha256-aligned": ("l3", MADE / "cases/unpack-inline/out2.tar.gz"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _keep_logging():
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def members(data):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import sys
 import tarfile
 
@@ -14,15 +13,6 @@ from tests.fakes.blob_server import BlobServer
 from tests.fakes.built import built, member, tar_of
 
 TAR = tar_of(member("d", "dir"), member("d/f", data=b"x" * 5000), member("g", data=b"y"))
-
-
-@pytest.fixture(autouse=True)
-def _keep_logging():
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import random
 
 import pytest
@@ -39,16 +38,6 @@ VARIANTS = {
     "encrypted": {"encryption": BlobCipher.generate()},
     "encrypted batches": {"encryption": BlobCipher.generate(), "batch_size": 0x1000},
 }
-
-
-@pytest.fixture(autouse=True)
-def own_log():
-    """Take away what a command line does to the log of the whole process."""
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = before
-    root.setLevel(level)
 
 
 def make(folder, *members, name="boot", **changes):

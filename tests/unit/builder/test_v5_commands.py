@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import tarfile
 
 import pytest
@@ -18,15 +17,6 @@ from erofs.view import View
 from tests.fakes.built import built, member, tar_of
 
 CREATE = ["create", "--type", "tar-rafs", "-B", "out", "-D", "."]
-
-
-@pytest.fixture(autouse=True)
-def _keep_logging():
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def test_without_a_domain_the_scope_is_the_fsid(rig):
         (("a", "d e"), {}, CachefilesError, "domain_id cannot be a name"),
         (("a", "d", "absent"), {}, RegistryError, "metadata_path is no file"),
         (("a",), {"cache_config": {"work_dir": "/nope"}}, RegistryError, "work_dir is no"),
-        (("a", "d", "junk"), {}, FormatError, ""),
+        (("a", "d", "junk"), {}, FormatError, "not an EROFS image"),
     ],
 )
 def test_entries_that_cannot_be_served(rig, words, config, error, text):

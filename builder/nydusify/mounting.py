@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _START_SECONDS = 60.0
 _STOP_SECONDS = 30.0
 _POLL_SECONDS = 0.05
+_SUN_PATH = 108  # bytes of a socket's path with its NUL (unix(7))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,12 @@ def _environment(image: Mounted, environment: Mapping[str, str]) -> dict[str, st
 def _words(image: Mounted, program: str, config: Path, socket: Path) -> Sequence[str]:
     words = [
         "--config", str(config), "--mountpoint", str(image.mountpoint), "--bootstrap",
-        str(image.bootstrap), "--apisock", str(socket), "--log-level", "warn",
+        str(image.bootstrap), "--log-level", "warn",
     ]  # fmt: skip
+    if len(os.fsencode(socket)) < _SUN_PATH:
+        words += ["--apisock", str(socket)]
+    else:
+        logger.warning("path of the API socket would be too long, there is none: %s", socket)
     if program:
         return [program, *words]
     return [sys.executable, "-m", "fscache", "erofs", *words]

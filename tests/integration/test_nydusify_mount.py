@@ -84,15 +84,16 @@ def _can_mount(tmp_path):
 
 
 @pytest.mark.usefixtures("_can_mount")
-def test_mount_until_a_signal(layout, tmp_path):
+@pytest.mark.parametrize("work", ["mw", "longer than the path of a socket may be " * 3])
+def test_mount_until_a_signal(layout, tmp_path, work):
     """The real tool leaves mount and daemon behind when the signal is for it alone."""
     target, _ = layout
     words = ("builder.nydusify", "mount", "--target", target, "--mount-path", tmp_path / "mnt",
-             "--work-dir", tmp_path / "mw")  # fmt: skip
+             "--work-dir", tmp_path / work)  # fmt: skip
     content, names = _mounted(tmp_path, words)
     assert content == b"two\n"
     assert names == ["data", "dir", "etc", "null"]
-    assert list((tmp_path / "mw").iterdir()) == []
+    assert list((tmp_path / work).iterdir()) == []
 
 
 @pytest.mark.usefixtures("_can_mount")

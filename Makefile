@@ -15,7 +15,7 @@ help: ## this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: install
-install: $(STAMP) ## make .venv with the console scripts nydus-image and nydusd
+install: $(STAMP) ## make .venv with the console scripts
 	@# Programs start in half of the time, also where PYTHONDONTWRITEBYTECODE is set.
 	@$(BIN)/python -m compileall -q $(SOURCES)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from erofs.console import LOG_LEVELS, CommandParser, ProgressLine
 from erofs.errors import NydusError
 from erofs.version import print_version
+from fscache.api import ApiServer
 from fscache.cli_image import (
     add_filesystem,
     add_ignored,
@@ -30,14 +31,14 @@ from fscache.cli_image import (
 from fscache.cli_words import add_names, address, conflict, megabytes, missing
 from fscache.config import ConfigError
 from fscache.daemonlog import set_up_daemon_log
+from fscache.entry import NodeOptions
 from fscache.memory import bound_arenas
-from fscache.node import NodeDaemon, NodeOptions
-from fscache.place import mounted_at
 from fscache.systemd import Notifier, Watchdog
 from fscache.transport import Transport
 
 if TYPE_CHECKING:
     from fscache.nbd.daemon import NbdDaemon
+    from fscache.node import NodeDaemon
     from fscache.singleton import SingletonDaemon
 
 __all__ = ["main"]
@@ -257,39 +258,56 @@ def _end_on_signals(daemon: NodeDaemon | SingletonDaemon | NbdDaemon) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     manager = Notifier.from_environment(os.environ)
-    if arguments.command == "singleton":
-        # Imported here, as `nbd`: few daemons are this one.
-        from fscache.singleton import SingletonDaemon
-        from fscache.singleton_cli import singleton_options, waits_for_take_over
+    with ExitStack() as stack:
+        if arguments.command == "singleton":
+            # Imported here, as `nbd`: few daemons are this one.
+            from fscache.singleton import SingletonDaemon
+            from fscache.singleton_cli import singleton_options, waits_for_take_over
 
-        # Looked at before the API server replaces the socket.
-        waits = waits_for_take_over(arguments)
-        singleton = SingletonDaemon(singleton_options(arguments))
-        return _run(singleton, arguments, manager, waits=waits)
-    if arguments.command == "nbd":
-        from fscache.nbd.daemon import NbdDaemon
-        from fscache.nbd_cli import nbd_options
+            # Looked at before the API server replaces the socket.
+            waits = waits_for_take_over(arguments)
+            singleton = SingletonDaemon(singleton_options(arguments))
+            return _run(singleton, manager, _listen(arguments, stack), waits=waits)
+        if arguments.command == "nbd":
+            from fscache.nbd.daemon import NbdDaemon
+            from fscache.nbd_cli import nbd_options
 
-        return _run(NbdDaemon(nbd_options(arguments)), arguments, manager)
+            nbd = NbdDaemon(nbd_options(arguments))
+            return _run(nbd, manager, _listen(arguments, stack))
+        return _serve_node(arguments, manager, stack)
+
+
+def _serve_node(arguments: argparse.Namespace, manager: Notifier, stack: ExitStack) -> int:
     progress = ProgressLine("fetched")
     options: NodeOptions = arguments.options(arguments)
     if manager.present:
         # It restarts what was killed: the holder does not have to.
         options = options._replace(restart=())
     options = options._replace(progress=progress.show)
-    daemon = _node(options, arguments)
     # Looked at before the API server replaces the socket.
     waits = options.exit_leaves and (arguments.upgrade or _predecessor_crashed(arguments))
-    with ExitStack() as stack:
-        if arguments.prometheus is not None:
-            from fscache.metricsserver import MetricsServer
+    # Before all else is loaded, which takes longer than a client waits before its second look.
+    api = _listen(arguments, stack)
+    daemon = _node(options, arguments)
+    if arguments.prometheus is not None:
+        from fscache.metricsserver import MetricsServer
 
-            stack.callback(MetricsServer(arguments.prometheus, daemon).close)
-        return _run(daemon, arguments, manager, waits=waits, progress=progress)
+        stack.callback(MetricsServer(arguments.prometheus, daemon).close)
+    return _run(daemon, manager, api, waits=waits, progress=progress)
+
+
+def _listen(arguments: argparse.Namespace, stack: ExitStack) -> ApiServer | None:
+    if arguments.apisock is None:
+        return None
+    api = ApiServer(arguments.apisock)
+    stack.callback(api.close)
+    return api
 
 
 def _node(options: NodeOptions, arguments: argparse.Namespace) -> NodeDaemon:
     if arguments.command != "virtiofs":
+        from fscache.node import NodeDaemon
+
         return NodeDaemon(options)
     # Imported here: few daemons are this one.
     from fscache.virtiofs import VirtiofsDaemon, enter_private_tree
@@ -300,22 +318,20 @@ def _node(options: NodeOptions, arguments: argparse.Namespace) -> NodeDaemon:
 
 def _run(
     daemon: NodeDaemon | SingletonDaemon | NbdDaemon,
-    arguments: argparse.Namespace,
     manager: Notifier,
+    api: ApiServer | None,
     *,
     waits: bool = False,
     progress: ProgressLine | None = None,
 ) -> int:
+    """Serve until the end; the API is the caller's, who closes it last."""
     _end_on_signals(daemon)
     logging.getLogger("fscache").addHandler(daemon.events)
     with ExitStack() as stack:
         # Until the very end: the users of mounts are waited for.
         stack.enter_context(Watchdog(manager, lambda: daemon.trouble, lambda: daemon.summary))
-        if arguments.apisock is not None:
-            # Imported here: it takes a fifth of the time of a start.
-            from fscache.api import ApiServer
-
-            stack.callback(ApiServer(arguments.apisock, daemon).close)
+        if api is not None:
+            api.serve(daemon, starts=not waits)
         stack.callback(daemon.stop)
         if waits:
             logger.info("waiting for a client to say that the mounts are to be taken over")
@@ -325,6 +341,8 @@ def _run(
             finally:
                 if progress is not None:
                     progress.end()
+        if api is not None:
+            api.started()
         manager.ready(daemon.summary)
         daemon.wait()
         manager.stopping("unmounting; users of mounts are waited for")
@@ -338,6 +356,7 @@ def _predecessor_crashed(arguments: argparse.Namespace) -> bool:
     """
     if arguments.supervisor is None or arguments.apisock is None:
         return False
+    from fscache.place import mounted_at
     from fscache.unixsocket import is_stale
 
     return is_stale(arguments.apisock) and mounted_at(arguments.mountpoint) is not None

@@ -13,8 +13,7 @@ from fscache.cli_words import check_names, conflict, missing, virtual_path
 from fscache.config import ConfigError, DaemonConfig, load_config
 from fscache.entry import NodeOptions
 from fscache.environment import with_environment
-from fscache.image import ROOT
-from fscache.prefetchlist import read_prefetch_file
+from fscache.mounting import ROOT
 from fscache.transport import Transport
 
 __all__ = [
@@ -119,6 +118,9 @@ def filesystem_options(arguments: argparse.Namespace, mountpoint: Path) -> NodeO
     """Return what is served first and how; raise `ConfigError`."""
     config = daemon_config(arguments)
     if config is not None and arguments.prefetch_files is not None:
+        # Imported here, as few daemons have one.
+        from fscache.prefetchlist import read_prefetch_file
+
         config = config._replace(prefetch_files=read_prefetch_file(arguments.prefetch_files))
     return NodeOptions(
         mountpoint,

@@ -9,8 +9,8 @@ from typing import NoReturn
 
 from erofs.console import CommandParser
 from erofs.errors import NydusError
-from fscache.nest import split
 from fscache.tcpaddress import parse_address
+from fscache.treepath import split
 
 __all__ = [
     "add_names",

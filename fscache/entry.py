@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from erofs.errors import NydusError
 from erofs.values import EMPTY, Value, field
 from fscache.config import DaemonConfig
-from fscache.image import ROOT, Progress, ServedImage
-from fscache.place import PlainMount
+from fscache.mounting import ROOT, Progress
 from fscache.transport import Transport
+
+if TYPE_CHECKING:
+    from fscache.image import ServedImage
+    from fscache.place import PlainMount
 
 __all__ = ["Entry", "NodeOptions", "TableError"]
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from erofs.values import Value
-from fscache.cachedblob import CachedBlob
+
+if TYPE_CHECKING:
+    from fscache.cachedblob import CachedBlob
 
 __all__ = ["ROOT", "ImageOptions", "Mount", "MountJob", "Progress"]
 

@@ -17,23 +17,12 @@ from pathlib import Path
 from erofs.errors import NydusError
 from fscache import kernel
 from fscache.place import PlainMount, mounted_below
-from fscache.skeleton import Cover, Look, Names, PathError
+from fscache.skeleton import Cover, Look
+from fscache.treepath import Names, PathError, split
 
-__all__ = ["Nest", "split"]
+__all__ = ["Nest"]
 
 logger = logging.getLogger(__name__)
-
-
-def split(path: str) -> Names:
-    """Return the names of a path that a client gave; none for the mount point itself.
-
-    Raises:
-        PathError: not absolute, or it has `..` or a NUL.
-    """
-    names = path.split("/")
-    if not path.startswith("/") or ".." in names or "\0" in path:
-        raise PathError("mount point is not an absolute path without '..'", path=path)
-    return tuple(os.fsencode(name) for name in names if name not in ("", "."))
 
 
 def _show(names: Names) -> str:

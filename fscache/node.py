@@ -26,7 +26,7 @@ from fscache.holder.link import HolderLink, Inheritance
 from fscache.image import ROOT, ImageOptions, ServedImage
 from fscache.lifecycle import Lifecycle, State, StateError
 from fscache.mount import MountError
-from fscache.nest import Nest, split
+from fscache.nest import Nest
 from fscache.overlay import adopt_writable, mount_writable
 from fscache.place import PlainMount, clear_leftover, mount_bind, mount_tmpfs
 from fscache.record import ImageRecord, PlainRecord
@@ -35,6 +35,7 @@ from fscache.skeleton import Look, host_directories, image_directories
 from fscache.succession import adopt, recorded_paths
 from fscache.supervisor import receive_state, send_state
 from fscache.transport import Transport, wants_holder
+from fscache.treepath import split
 
 __all__ = ["Entry", "NodeDaemon", "NodeOptions", "TableError"]
 

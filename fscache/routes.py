@@ -9,7 +9,7 @@ import os
 import time
 from http import HTTPStatus
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from erofs.reader import open_bootstrap
 from fscache.apimessage import DONE, Answer, Refusal, Request, Router, text
@@ -17,12 +17,8 @@ from fscache.backend.settings import Credentials
 from fscache.config import DaemonConfig, parse_config
 from fscache.entry import Entry
 from fscache.environment import with_environment
-from fscache.exposition import exposition
 from fscache.lifecycle import State
-from fscache.nbd.daemon import NbdDaemon
 from fscache.node import NodeDaemon
-from fscache.prefetchlist import check_paths
-from fscache.prometheus import CONTENT_TYPE
 from fscache.routes_daemon import events, info, set_level
 from fscache.routes_metrics import (
     backend_metrics,
@@ -31,9 +27,10 @@ from fscache.routes_metrics import (
     metrics,
     pattern,
 )
-from fscache.routes_nbd import nbd_answer
-from fscache.routes_singleton import singleton_answer
-from fscache.singleton import SingletonDaemon
+
+if TYPE_CHECKING:
+    from fscache.nbd.daemon import NbdDaemon
+    from fscache.singleton import SingletonDaemon
 
 __all__ = ["answer"]
 
@@ -105,7 +102,11 @@ def _mount_words(request: Request) -> _MountWords:
             HTTPStatus.INTERNAL_SERVER_ERROR,
             f"Mount(only 'rafs' and 'passthrough_fs' are supported, but {kind} was specified)",
         )
-    listed = None if files is None else check_paths(map(os.fsencode, files))
+    listed = None
+    if files is not None:
+        from fscache.prefetchlist import check_paths
+
+        listed = check_paths(map(os.fsencode, files))
     return _MountWords(path, Path(source), kind, config, listed)
 
 
@@ -198,6 +199,10 @@ def _nothing(daemon: NodeDaemon, request: Request) -> Answer:
 
 
 def _prometheus(daemon: NodeDaemon, request: Request) -> Answer:
+    # Imported here: the clients that start daemons ask for the other metrics.
+    from fscache.exposition import exposition
+    from fscache.prometheus import CONTENT_TYPE
+
     return Answer(HTTPStatus.OK, exposition(daemon), CONTENT_TYPE)
 
 
@@ -249,8 +254,15 @@ _ROUTER = Router[NodeDaemon]({
 
 def answer(daemon: NodeDaemon | SingletonDaemon | NbdDaemon, request: Request) -> Answer:
     """Answer a request; errors become statuses, nothing is raised but what is a bug."""
+    if isinstance(daemon, NodeDaemon):
+        return _ROUTER.answer(daemon, request)
+    # Imported here: most daemons are of the other kind.
+    from fscache.singleton import SingletonDaemon
+
     if isinstance(daemon, SingletonDaemon):
+        from fscache.routes_singleton import singleton_answer
+
         return singleton_answer(daemon, request)
-    if isinstance(daemon, NbdDaemon):
-        return nbd_answer(daemon, request)
-    return _ROUTER.answer(daemon, request)
+    from fscache.routes_nbd import nbd_answer
+
+    return nbd_answer(daemon, request)

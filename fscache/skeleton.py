@@ -20,37 +20,28 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from erofs.errors import NydusError
 from erofs.inode import Inode
 from erofs.reader import open_bootstrap
 from fscache import kernel
 from fscache.mount import MountError
 from fscache.overlay import create_overlay
 from fscache.place import create_tmpfs, is_our_overlay, mounted_below, umount_fd
+from fscache.treepath import Names, PathError
 
 __all__ = [
     "Attributes",
     "Cover",
     "Look",
-    "Names",
-    "PathError",
     "host_directories",
     "image_directories",
 ]
 
 logger = logging.getLogger(__name__)
 
-# A path below the mount point, without its slashes.
-Names = tuple[bytes, ...]
-
 _PERMISSIONS = 0o7777
 _NEW_MODE = 0o755
 # In the skeleton these would say something about the overlay that is being made.
 _OVERLAY_XATTRS = b"trusted.overlay."
-
-
-class PathError(NydusError):
-    """A path that nothing can be mounted at."""
 
 
 class Attributes(NamedTuple):

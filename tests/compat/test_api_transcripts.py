@@ -93,7 +93,8 @@ class Served:
     def __init__(self, place, daemon):
         self.daemon = daemon
         self.daemon.start()
-        self.api = ApiServer(place / "api.sock", self.daemon)
+        self.api = ApiServer(place / "api.sock")
+        self.api.serve(self.daemon)
         self.path = str(place / "api.sock")
 
     def ask(self, request):

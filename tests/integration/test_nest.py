@@ -21,7 +21,8 @@ from fscache.place import (
     mounted_at,
     mounted_below,
 )
-from fscache.skeleton import PathError, host_directories, image_directories
+from fscache.skeleton import host_directories, image_directories
+from fscache.treepath import PathError
 
 pytestmark = [pytest.mark.root, pytest.mark.erofs_mount, requires("root", "erofs_mount")]
 

@@ -83,7 +83,8 @@ class Served:
         self.daemon = NodeDaemon(options)
         self.serving.stack.callback(self.daemon.stop)
         self.daemon.start()
-        api = ApiServer(self.sock, self.daemon)
+        api = ApiServer(self.sock)
+        api.serve(self.daemon)
         self.serving.stack.callback(api.close)
 
     def ask(self, path, **query):

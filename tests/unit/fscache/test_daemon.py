@@ -81,7 +81,8 @@ class UnixConnection(http.client.HTTPConnection):
 @pytest.fixture
 def api(tmp_path, image):
     daemon = make(tmp_path, image)
-    server = ApiServer(tmp_path / "api.sock", daemon)
+    server = ApiServer(tmp_path / "api.sock")
+    server.serve(daemon)
     connection = UnixConnection(tmp_path / "api.sock")
     yield daemon, connection
     connection.close()
@@ -107,6 +108,46 @@ def test_daemon_information(api):
     }  # fmt: skip
     # Keep-alive: the same connection serves again.
     assert ask(connection, "GET", "/api/v1/daemon")[0].status == 200
+
+
+def test_idle_connections_stay(api, monkeypatch, tmp_path):
+    """nydus-snapshotter keeps one open, sends nothing, and takes its end for our death."""
+    monkeypatch.setattr("fscache.apihandler._Handler.timeout", 0.05)
+    with socket.socket(socket.AF_UNIX) as idle, socket.socket(socket.AF_UNIX) as slow:
+        idle.connect(str(tmp_path / "api.sock"))
+        slow.connect(str(tmp_path / "api.sock"))
+        slow.sendall(b"GET /api/v1/dae")
+        slow.settimeout(60)
+        # One that stops within a request is closed.
+        assert slow.recv(1) == b""
+        idle.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            idle.recv(1)
+        idle.settimeout(60)
+        idle.sendall(b"GET /api/v1/daemon HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert idle.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_clients_wait_for_the_start(tmp_path, image):
+    daemon = make(tmp_path, image)
+    server = ApiServer(tmp_path / "api.sock")
+    try:
+        client = UnixConnection(tmp_path / "api.sock")
+        client.request("GET", "/api/v1/daemon")
+        server.serve(daemon, starts=True)
+        # As the daemon's start would.
+        daemon.enter(State.READY)
+        daemon.enter(State.RUNNING)
+        server.started()
+        assert json.loads(client.getresponse().read())["state"] == "RUNNING"
+    finally:
+        server.close()
+    assert not (tmp_path / "api.sock").exists()
+
+
+def test_a_server_that_never_serves_is_closed(tmp_path):
+    ApiServer(tmp_path / "api.sock").close()
+    assert not (tmp_path / "api.sock").exists()
 
 
 def test_exit_asks_for_a_stop(api):
@@ -143,14 +184,15 @@ def test_sockets(tmp_path, image):
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
-    server = ApiServer(path, daemon)
+    server = ApiServer(path)
+    server.serve(daemon)
     assert path.stat().st_mode & 0o777 == 0o600
     with pytest.raises(ApiError, match="another process serves"):
-        ApiServer(path, daemon)
+        ApiServer(path)
     server.close()
     path.write_text("a file")
     with pytest.raises(ApiError, match="cannot be made"):
-        ApiServer(path, daemon)
+        ApiServer(path)
     assert path.read_text() == "a file"
 
 

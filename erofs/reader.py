@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from functools import cached_property
+from operator import itemgetter
 
 from erofs import layout, rafs
 from erofs.base import BlobHint, DirectoryEntry, ImageBase, Source, Tables, open_as
@@ -22,6 +23,8 @@ from erofs.restrict import restrict_blob, restrict_extended, restrict_superblock
 from erofs.view import View
 
 __all__ = ["Bootstrap", "DirectoryEntry", "Image", "Inode", "open_bootstrap", "open_image"]
+
+_BLOB_INDEX = ChunkInfo._fields.index("blob_index")
 
 
 class Image(ImageBase[Inode]):
@@ -170,13 +173,14 @@ class Bootstrap(Image):
             self.extended.chunk_table_offset, self.extended.chunk_table_size, "chunk table"
         )
         infos = tuple(rafs.iter_chunk_infos(table))
-        for position, info in enumerate(infos):
-            if info.blob_index >= len(self.blobs):
-                raise CorruptStructure(
-                    "chunk of a blob that is not in the table",
-                    offset=self.extended.chunk_table_offset + position * rafs.CHUNK_INFO_SIZE,
-                    got=info.blob_index,
-                )
+        indexes = list(map(itemgetter(_BLOB_INDEX), infos))
+        if max(indexes, default=-1) >= len(self.blobs):
+            position = next(n for n, index in enumerate(indexes) if index >= len(self.blobs))
+            raise CorruptStructure(
+                "chunk of a blob that is not in the table",
+                offset=self.extended.chunk_table_offset + position * rafs.CHUNK_INFO_SIZE,
+                got=indexes[position],
+            )
         return infos
 
     @cached_property

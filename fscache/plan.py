@@ -55,9 +55,12 @@ def read_plan(path: Path, named: Path | None = None) -> ImagePlan:
         raise PlanError(f"bootstrap cannot be opened ({error.strerror})", path=path) from error
     with image, error_context(path=path):
         _check_devices(image)
-        chunks: list[list[ChunkInfo]] = [[] for _ in image.blobs]
-        for info in image.chunk_infos:
-            chunks[info.blob_index].append(info)
+        chunks: list[Sequence[ChunkInfo]] = [image.chunk_infos]
+        if len(image.blobs) != 1:
+            by_blob: list[list[ChunkInfo]] = [[] for _ in image.blobs]
+            for info in image.chunk_infos:
+                by_blob[info.blob_index].append(info)
+            chunks = [*by_blob]
         ids = blob_ids(image, named or path)
         return ImagePlan(
             [

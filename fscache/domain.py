@@ -86,9 +86,9 @@ class CacheDomain(Domain):
         prepare_work_dir(self.work_dir)
         if not self._proven:
             # Imported here: most starts know.
-            from fscache.probe import lazy_supported, probe
+            from fscache.probe import end_behind, lazy_supported, probe
 
-            verdict = lazy_supported(probe(self.work_dir))
+            verdict = lazy_supported(probe(self.work_dir, end_behind))
             if not verdict.ok:
                 raise LazyUnsupported(f"no pre-content events: {verdict.detail}")
         self._orphans = take_stale(self.work_dir)

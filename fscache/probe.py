@@ -9,10 +9,12 @@ Source: spec ondemand 0 and 5.14 item 2.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +26,9 @@ from fscache.mount import create_mount
 from fscache.probe_image import BLOB_SIZE, FILE_NAME, build_probe_image
 from fscache.store import ServeDirectory
 
-__all__ = ["Finding", "ProbeError", "filesystem_type", "lazy_supported", "probe"]
+__all__ = ["Finding", "ProbeError", "end_behind", "filesystem_type", "lazy_supported", "probe"]
+
+logger = logging.getLogger(__name__)
 
 _PAGE = 4096
 _HOLE_OFFSET = 64 * _PAGE
@@ -151,7 +155,7 @@ class _Filler:
 
 
 def _read_hole(file: int, channel: FanotifyChannel) -> bytes:
-    """Read a page with a deadline: a reader that nobody answers is denied by `close`."""
+    """Read a page with a deadline: closing the channel denies a reader that nobody answers."""
     result: list[bytes | OSError] = []
 
     def read() -> None:
@@ -163,9 +167,8 @@ def _read_hole(file: int, channel: FanotifyChannel) -> bytes:
     reader = threading.Thread(target=read, name="probe-reader", daemon=True)
     reader.start()
     reader.join(_TIMEOUT_SECONDS)
-    late = reader.is_alive()
-    channel.close()
-    if late:
+    if reader.is_alive():
+        channel.close()
         reader.join(_TIMEOUT_SECONDS)
         raise ProbeError(f"the read of a hole did not end within {_TIMEOUT_SECONDS:.0f} s")
     data = result[0]
@@ -174,8 +177,9 @@ def _read_hole(file: int, channel: FanotifyChannel) -> bytes:
     return data
 
 
-def _self_test(work_dir: Path) -> str:
-    with _workspace(work_dir) as directory, ExitStack() as stack:
+def _self_test(work_dir: Path, end: Callable[[ExitStack], None] = ExitStack.close) -> str:
+    with ExitStack() as stack:
+        directory = stack.enter_context(_workspace(work_dir))
         serve = ServeDirectory.create(directory)
         stack.callback(serve.remove)
         writer = os.open(directory / "data", os.O_RDWR | os.O_CLOEXEC)
@@ -188,6 +192,7 @@ def _self_test(work_dir: Path) -> str:
         file = os.open(FILE_NAME, os.O_RDONLY | os.O_CLOEXEC, dir_fd=mount)
         stack.callback(os.close, file)
         data = _read_hole(file, channel)
+        end(stack.pop_all())
     covering = [
         request
         for request in filler.requests
@@ -211,13 +216,32 @@ def _find(name: str, attempt: Callable[[Path], str], work_dir: Path) -> Finding:
         return Finding(name, False, str(error))
 
 
-def probe(work_dir: Path) -> list[Finding]:
+def end_behind(stack: ExitStack) -> None:
+    """Let go of what the self test has made, in a thread: the kernel takes 30 ms to close a group.
+
+    The process does not end before.
+    """
+
+    def close() -> None:
+        try:
+            stack.close()
+        except (NydusError, OSError) as error:
+            logger.warning("something of the self test stays: %s", error)
+
+    threading.Thread(target=close, name="probe-end").start()
+
+
+def probe(work_dir: Path, end: Callable[[ExitStack], None] = ExitStack.close) -> list[Finding]:
     """Try what serving from `work_dir` needs; takes some milliseconds, never hangs.
+
+    Args:
+        work_dir: a cache directory.
+        end: lets go of what the self test has made, `end_behind` or at once.
 
     The findings are, in order: `erofs`, `privilege`, `file-backed`, `fanotify` and
     `self-test`; the last one counts when the others are there.
     """
-    tested = _find("self-test", _self_test, work_dir)
+    tested = _find("self-test", partial(_self_test, end=end), work_dir)
     if tested.ok:
         # It takes all the others: to try each of them would only cost time.
         return [*(Finding(name, True, detail) for name, detail in _WORKS.items()), tested]

@@ -36,7 +36,11 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Wait for a request, however long: a client takes the end of an idle one for our death."""
         self.connection.settimeout(None)
-        if not self.rfile.peek(1):  # type: ignore[attr-defined]
+        try:
+            comes = self.rfile.peek(1)  # type: ignore[attr-defined]
+        except ConnectionError:
+            comes = b""
+        if not comes:
             self.close_connection = True
             return
         self.connection.settimeout(self.timeout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import resource
@@ -259,6 +260,9 @@ def _end_on_signals(daemon: NodeDaemon | SingletonDaemon | NbdDaemon) -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     manager = Notifier.from_environment(os.environ)
     with ExitStack() as stack:
+        # A start makes objects that stay: to look for garbage among them is a tenth of its time.
+        gc.disable()
+        stack.callback(gc.enable)
         if arguments.command == "singleton":
             # Imported here, as `nbd`: few daemons are this one.
             from fscache.singleton import SingletonDaemon
@@ -343,6 +347,8 @@ def _run(
                     progress.end()
         if api is not None:
             api.started()
+        gc.freeze()
+        gc.enable()
         manager.ready(daemon.summary)
         daemon.wait()
         manager.stopping("unmounting; users of mounts are waited for")

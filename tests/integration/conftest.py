@@ -1,6 +1,7 @@
 """A rig for real mounts: everything that it makes is gone after the test, also on failure."""
 
 import contextlib
+import ctypes
 import os
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from fscache.mount import mount_erofs
 from fscache.probe_image import BLOB_SIZE, build_probe_image
 from fscache.store import ServeDirectory
 
-TIMEOUT = 30
+TIMEOUT = 60
 BLOB = "b" * 64
+_CLONE_NEWNS = 0x20000
 
 
 def pattern(length):
@@ -138,6 +140,18 @@ def minbase():
     if not found:
         pytest.skip(f"no Debian tree in {cache}: run the demo once")
     return found[0]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_mounts():
+    """Mount where no other process does.
+
+    A mount namespace that anybody makes has copies of all mounts that are there, and keeps their
+    file systems alive: a test which unmounts must not have its mounts in the copies of others.
+    """
+    # Of this thread, which is the one that runs tests, and of all that it starts.
+    if ctypes.CDLL(None).unshare(_CLONE_NEWNS) == 0:
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 
 
 @pytest.fixture(autouse=True)

@@ -64,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
             self._reset()
             return
         if fault == "stall":
-            fake.released.wait(30)
+            fake.released.wait(300)
             self.close_connection = True
             return
         blob = fake.find(self.path)
@@ -190,7 +190,13 @@ class BlobServer:
         self.retry_after: str | None = None
         self._unix = unix
         self._tls = tls
-        self._port = 0
+        self._address = ("127.0.0.1", 0)
+        if unix is None:
+            # Bound as long as this object lives, and never listening: nobody else gets the port.
+            self._kept = socket.socket()
+            self._kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._kept.bind(self._address)
+            self._address = self._kept.getsockname()
         self.start()
 
     def start(self):
@@ -199,8 +205,7 @@ class BlobServer:
             self._unix.unlink(missing_ok=True)
             self._server: _Server = _UnixServer(str(self._unix), self.handler)
         else:
-            self._server = _Server(("127.0.0.1", self._port), self.handler)
-            self._port = self._server.server_address[1]
+            self._server = _Server(self._address, self.handler)
         if self._tls is not None:
             # The handshake belongs to the connection's own thread.
             self._server.socket = self._tls.wrap_socket(
@@ -231,7 +236,7 @@ class BlobServer:
 
     @property
     def host(self) -> str:
-        return f"127.0.0.1:{self._port}"
+        return "{}:{}".format(*self._address)
 
     def find(self, path: str) -> bytes | None:
         return self.blobs.get(path.rsplit("/", 1)[-1])

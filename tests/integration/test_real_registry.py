@@ -1,14 +1,14 @@
 """The registry backend with Debian's docker-registry as its peer; optional, no kernel needed."""
 
 import hashlib
+import re
 import shutil
-import socket
 import subprocess
-import time
 
 import pytest
 import urllib3
 from fakes.registry import AUTH, PASSWORD, USER, at_once, make_certificate
+from serving import TIMEOUT, wait_until
 
 from fscache.backend import AuthError, Credentials, NotFound, RegistryConfig, open_backend
 
@@ -23,40 +23,31 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 class Registry:
     """A docker-registry with one blob."""
 
     def __init__(self, directory, *, password=False, tls=False):
-        self.host = f"127.0.0.1:{free_port()}"
         self.certificate = make_certificate(directory) if tls else None
         self.directory = directory
         config = directory / "config.yml"
         config.write_text(self._config(password))
-        self.process = subprocess.Popen(
-            ["docker-registry", "serve", config],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        log = directory / "log"
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(["docker-registry", "serve", config], stderr=file)
+        self.host = self._wait(log)
         self.http = urllib3.PoolManager(
             retries=False,
             headers={"Authorization": f"Basic {AUTH}"} if password else {},
             **({"ca_certs": str(self.certificate)} if tls else {}),
         )
         self.base = f"{'https' if tls else 'http'}://{self.host}/v2/"
-        self._wait()
         self._push()
 
     def _config(self, password):
         text = (
-            "version: 0.1\nlog: {level: error}\n"
+            "version: 0.1\nlog: {level: info}\n"
             f"storage: {{filesystem: {{rootdirectory: {self.directory}/data}}}}\n"
-            f"http:\n  addr: {self.host}\n"
+            "http:\n  addr: 127.0.0.1:0\n"
         )
         if self.certificate is not None:
             key = self.certificate.with_name("key.pem")
@@ -67,17 +58,15 @@ class Registry:
             text += f"auth: {{htpasswd: {{realm: test, path: {users}}}}}\n"
         return text
 
-    def _wait(self):
-        end = time.monotonic() + 30
-        while True:
-            try:
-                self.http.request("GET", self.base)
-            except urllib3.exceptions.HTTPError:
-                assert self.process.poll() is None
-                assert time.monotonic() < end
-                time.sleep(0.05)
-            else:
-                return
+    def _wait(self, log):
+        """Return the address that it listens at, with the port that the kernel chose."""
+
+        def found():
+            return re.search(r'msg="listening on ([0-9.:]+)', log.read_text())
+
+        wait_until(lambda: found() or self.process.poll() is not None)
+        assert found(), log.read_text()
+        return found()[1]
 
     def _push(self):
         begun = self.http.request("POST", f"{self.base}{REPO}/blobs/uploads/")
@@ -89,7 +78,7 @@ class Registry:
 
     def close(self):
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(TIMEOUT)
 
 
 @pytest.fixture

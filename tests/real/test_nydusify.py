@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -28,7 +29,6 @@ from tests.fakes.oci_image import Image, layer, member
 from tests.fakes.oci_registry import OciRegistry
 from tests.nydusify_images import nydusify
 
-HOST = "localhost:5878"
 ROOT = Path(__file__).resolve().parents[2]
 CHUNK = 1 << 20
 START_SECONDS = 60
@@ -38,8 +38,10 @@ storage:
   filesystem:
     rootdirectory: {root}
 http:
-  addr: 127.0.0.1:5878
+  addr: 127.0.0.1:0
 """
+# The kernel chooses the port.
+_LISTENS = re.compile(r'msg="listening on 127\.0\.0\.1:(\d+)')
 
 
 def _skopeo(*words):
@@ -67,11 +69,11 @@ def registry(work):
         )
     try:
         end = time.monotonic() + START_SECONDS
-        while "listening on" not in (work / "registry.log").read_text():
+        while not (found := _LISTENS.search((work / "registry.log").read_text())):
             assert process.poll() is None
             assert time.monotonic() < end
             time.sleep(0.05)
-        yield HOST
+        yield f"localhost:{found[1]}"
     finally:
         process.terminate()
         process.wait(60)

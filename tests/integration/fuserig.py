@@ -2,18 +2,13 @@
 
 from treecompare import differences
 
-from fscache.backend import HttpProxyConfig
 from fscache.daemon import Transport
 from fscache.place import Mounted, mounted_at
 
-__all__ = ["ALL", "assert_same", "http", "start"]
+__all__ = ["ALL", "assert_same", "start"]
 
 ALL = [Transport.FANOTIFY, Transport.FUSE, Transport.EAGER]
 OURS = Mounted("fuse.nydusd", "nydusd")
-
-
-def http(server):
-    return HttpProxyConfig(addr=server.address)
 
 
 def start(serving, image, backend=None, **options):

@@ -20,12 +20,12 @@ from builder.bootstrap import inlined_bootstrap
 from builder.build import BuildOptions, SourceType, build
 from builder.merge import MergeOptions, merge
 from builder.source.options import SourceOptions, WhiteoutSpec
-from fscache.backend import LocalFsConfig
+from fscache.backend import HttpProxyConfig, LocalFsConfig
 from fscache.config import DaemonConfig
 from fscache.daemon import Daemon
 from fscache.settings import RafsConfig
 
-TIMEOUT = 30
+TIMEOUT = 60
 ROOT = Path(__file__).parents[2]
 
 _SNAPSHOT = """
@@ -135,6 +135,15 @@ def build_layers(tars, where, **options):
     return Built(bootstrap, blob_dir)
 
 
+def http(server, **options):
+    """Return the configuration of a blob server as backend.
+
+    It is waited for: a busy machine is no reason to ask for anything twice.
+    """
+    patience = {"timeout": TIMEOUT, "connect_timeout": TIMEOUT}
+    return HttpProxyConfig(addr=server.address, **{**patience, **options})
+
+
 class Serving:
     """Daemons, mounts and readers of one test; `stack` ends all of them, readers first.
 
@@ -239,7 +248,7 @@ class Nydusd:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(10)
+                self.process.wait(TIMEOUT)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait(TIMEOUT)

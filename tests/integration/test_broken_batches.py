@@ -11,13 +11,12 @@ from capabilities import requires
 from fakes.blob_server import BlobServer
 from fixtures_path import needs_fixtures
 from made_images import Truth, check, file_in_batch, make_store, named_blob, place, wrong
-from serving import wait_until
+from serving import http, wait_until
 
 from erofs import open_bootstrap
 from erofs.errors import NydusError
 from erofs.framing import SECTION_BOOTSTRAP, read_toc
 from erofs.view import View
-from fscache.backend import HttpProxyConfig
 from fscache.tablefile import META_SUFFIX
 
 pytestmark = [
@@ -52,8 +51,7 @@ def server(stack, tmp_path, store):
 def test_a_batch_is_fetched_once(serving, store, server, tmp_path):
     image = place(tmp_path, store, "batch-64k-zstd/boot")
     served = server(image)
-    backend = HttpProxyConfig(addr=served.address)
-    mountpoint = serving.start(image, backend, amplify=0).mountpoint
+    mountpoint = serving.start(image, http(served), amplify=0).mountpoint
     entry, name = file_in_batch(image)
     serving.snapshot(mountpoint, content=False)
     assert served.ranges == []

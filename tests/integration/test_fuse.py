@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from capabilities import requires
 from fakes.blob_server import BlobServer
-from fuserig import ALL, assert_same, http, start
-from serving import Child, build_image, wait_until, write_config
+from fuserig import ALL, assert_same, start
+from serving import TIMEOUT, Child, build_image, http, wait_until, write_config
 from treecompare import read_tree
 
 import fscache.image
@@ -273,7 +273,7 @@ def test_users_of_an_unmounted_image_are_served_on(serving, server, image, sourc
     assert not served.is_gone
     assert stopping.is_alive()
     holder.process.stdin.close()
-    stopping.join(30)
+    stopping.join(TIMEOUT)
     assert not stopping.is_alive()
     assert served.is_gone
 
@@ -328,7 +328,7 @@ def test_killed_and_started_again(serving, command, image, source):
         holder = serving.child(_HOLD, top / "big")
         holder.line()
         daemon.send(signal.SIGKILL)
-        daemon.process.wait(30)
+        daemon.process.wait(TIMEOUT)
         with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
             os.statvfs(top)
         assert fuse.is_dead(top)

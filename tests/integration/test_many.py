@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from fakes.blob_image import CHUNK_SIZE
 from fakes.blob_server import BlobServer
-from serving import build_image, wait_until
+from serving import build_image, http, wait_until
 
 from builder.bootstrap import inlined_bootstrap
 from builder.build import BuildOptions, SourceType, build
 from builder.merge import MergeOptions, merge
-from fscache.backend import HttpProxyConfig, LocalFsConfig
+from fscache.backend import LocalFsConfig
 from fscache.config import DaemonConfig
 from fscache.node import NodeDaemon, NodeOptions
 from tests.capabilities import requires
@@ -134,7 +134,7 @@ def test_a_storm_of_mounts_fetches_each_chunk_once(serving, tmp_path):
     daemon = NodeDaemon(NodeOptions(top))
     serving.stack.callback(daemon.stop)
     daemon.start()
-    config = DaemonConfig(HttpProxyConfig(addr=server.address), tmp_path / "cache")
+    config = DaemonConfig(http(server), tmp_path / "cache")
     with ThreadPoolExecutor(count) as pool:
         mounts = [
             pool.submit(daemon.mount_image, f"/{number}", image.bootstrap, config)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from capabilities import requires
 from leftovers import loops_over, no_erofs_left, no_open_file_left
+from serving import wait_until
 
 from fscache import kernel
 from fscache.channel.eager import mount_complete
@@ -164,7 +165,7 @@ def test_loop_device_is_read_only_and_goes_with_its_last_user(complete):
         assert device.path.read_bytes() == complete.truth
         with pytest.raises(OSError), device.path.open("r+b", buffering=0) as file:
             file.write(b"x" * 4096)
-    assert loops_over(complete.data) == []
+    wait_until(lambda: loops_over(complete.data) == [])
     device.close()
 
 
@@ -190,7 +191,7 @@ for _ in range(20):
     children = [complete.child(code, complete.data, root) for _ in range(4)]
     for child in children:
         child.finish()
-    assert loops_over(complete.data) == []
+    wait_until(lambda: loops_over(complete.data) == [])
 
 
 @requires("loop")
@@ -212,7 +213,7 @@ def test_eager_falls_back_to_loop_devices_and_says_so(complete, tmpfs, caplog):
     assert (setting / "read_ahead_kb").read_text().strip() == "1024"
     mount.unmount()
     assert mount.is_gone()
-    assert loops_over(seen) == []
+    wait_until(lambda: loops_over(seen) == [])
 
 
 def test_eager_mounts_from_files_where_it_can(complete):

@@ -208,7 +208,7 @@ def test_failures_are_errors_and_pass(serving, image, disk):
 
 def test_only_what_is_read_is_fetched(serving, image, disk):
     server = serving.stack.enter_context(BlobServer(image.blobs()))
-    address = {"addr": server.address, "path": "/blobs"}
+    address = {"addr": server.address, "path": "/blobs", "timeout": TIMEOUT}
     served = Served(serving, image, {"type": "http-proxy", "http-proxy": address})
     client = served.client()
     data = disk.read_bytes()

@@ -136,6 +136,8 @@ class Node:
 @pytest.fixture
 def node(serving, images, monkeypatch):
     monkeypatch.setenv("NYDUSD_RUN_DIR", str(serving.directory / "run"))
+    # As long as a successor of a killed one may take to start.
+    monkeypatch.setenv("NYDUSD_HOLDER_SECONDS", "60")
     return Node(serving, images)
 
 

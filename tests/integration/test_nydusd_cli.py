@@ -10,7 +10,7 @@ import socket
 import pytest
 from capabilities import requires
 from fakes.blob_server import BlobServer
-from serving import build_image, wait_until, write_config
+from serving import TIMEOUT, build_image, wait_until, write_config
 
 pytestmark = [
     pytest.mark.root,
@@ -66,9 +66,9 @@ class User:
 
     def api(self, method, path, sock="api"):
         """Send one request; return status and decoded body."""
-        connection = http.client.HTTPConnection("localhost", timeout=10)
+        connection = http.client.HTTPConnection("localhost", timeout=TIMEOUT)
         connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.settimeout(10)
+        connection.sock.settimeout(TIMEOUT)
         connection.sock.connect(str(self.home / sock))
         try:
             connection.request(method, path)
@@ -254,7 +254,8 @@ def test_signal_unmounts_and_ends(user, number, eager):
 def test_interrupted_eager_start(user, stack):
     server = stack.enter_context(BlobServer(user.image.blobs()))
     server.fault = "stall"
-    backend = {"type": "http-proxy", "config": {"addr": server.address, "timeout": 0.2}}
+    # Its end waits for the answer; its beginning gives up after four of them.
+    backend = {"type": "http-proxy", "config": {"addr": server.address, "timeout": 3}}
     write_config(user.home / "config.json", user.image, backend)
     daemon = user.serving.nydusd(*OK, "--eager", "-A", "api", cwd=user.home)
     wait_until(lambda: server.ranges)

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from capabilities import requires
 from fakes.blob_server import BlobServer
-from serving import build_image, wait_until, write_config
+from serving import TIMEOUT, build_image, http, wait_until, write_config
 
 from fscache import ctl
 from fscache.api import ApiServer
-from fscache.backend import HttpProxyConfig
 from fscache.config import DaemonConfig
 from fscache.ctl_client import ApiClient, CtlError
 from fscache.image import ImageOptions
@@ -68,7 +67,7 @@ class Served:
         serving.stack.callback(self.server.stop)
         self.top = serving.mountpoint()
         self.config = DaemonConfig(
-            HttpProxyConfig(self.server.address),
+            http(self.server),
             serving.directory / f"cache-{self.top.name}",
             **settings,
         )
@@ -145,7 +144,7 @@ def test_a_list_in_place_of_the_table(serving, image, source):
     listed.write_text("/d\n\n  /f3\n/nowhere\n")
     server = BlobServer(image.blobs())
     serving.stack.callback(server.stop)
-    backend = {"type": "http-proxy", "config": {"addr": server.address}}
+    backend = {"type": "http-proxy", "config": {"addr": server.address, "timeout": TIMEOUT}}
     config = write_config(serving.directory / "config.json", image, backend)
     values = json.loads(config.read_text())
     values["fs_prefetch"] = {"enable": True, "prefetch_all": False}
@@ -187,7 +186,10 @@ def test_prefetch_files_of_a_mount_by_the_api(serving, image, source):
     served = Served(serving, image, mounted=False)
     config = {
         "device": {
-            "backend": {"type": "http-proxy", "config": {"addr": served.server.address}},
+            "backend": {
+                "type": "http-proxy",
+                "config": {"addr": served.server.address, "timeout": TIMEOUT},
+            },
             "cache": {"type": "blobcache", "config": {"work_dir": str(served.config.work_dir)}},
         },
         "mode": "direct",

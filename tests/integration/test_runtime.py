@@ -21,6 +21,7 @@ from tests.capabilities import requires
 
 pytestmark = requires("root", "fanotify")
 
+TIMEOUT = 60
 RANDOM = random.Random(5)
 FILES = {f"f{number}": RANDOM.randbytes(300_000) for number in range(6)}
 
@@ -66,7 +67,7 @@ def runtime():
     yield runtime
     closer = threading.Thread(target=runtime.close, daemon=True)
     closer.start()
-    closer.join(30)
+    closer.join(TIMEOUT)
     assert not closer.is_alive(), "a mount did not end"
 
 
@@ -77,7 +78,7 @@ def mount(runtime, images, bootstrap, place, **settings):
 
 def read(path):
     """Read in another process: a thread of this one could stop its own daemon."""
-    return subprocess.run(["cat", path], capture_output=True, check=True, timeout=30).stdout
+    return subprocess.run(["cat", path], capture_output=True, check=True, timeout=TIMEOUT).stdout
 
 
 def requests(image):
@@ -102,7 +103,7 @@ def test_image_that_knows_more_of_a_complete_blob(runtime, images):
         assert read(images / "b" / name) == FILES[name]
     (domain,) = runtime._domains.values()
     shared = domain._shared["low"]
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + TIMEOUT
     while not shared.ignored:
         assert time.monotonic() < deadline, "the blob was never complete"
         time.sleep(0.05)
@@ -140,12 +141,12 @@ def test_users_of_an_unmounted_image_are_served(runtime, images):
         runtime.unmount(image)
         assert not list((images / "a").iterdir())
         assert not image.is_gone
-        out, _ = reader.communicate(b"go\n", timeout=30)
+        out, _ = reader.communicate(b"go\n", timeout=TIMEOUT)
     assert out == FILES["f1"]
 
 
 def wait_for(condition, what):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
@@ -199,7 +200,8 @@ def test_unmount_ends_a_slow_prefetch(runtime, images):
     assert read(images / "a" / "f5") == FILES["f5"]
     started = time.monotonic()
     runtime.unmount(image)
-    assert time.monotonic() - started < 10
+    # At a byte a second it would take days.
+    assert time.monotonic() - started < TIMEOUT
 
 
 def test_mount_that_fails_leaves_nothing(runtime, images):

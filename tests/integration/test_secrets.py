@@ -289,7 +289,7 @@ def everything_told(daemon, client, names):
         for pattern in OF_MOUNTS:
             client.ask("GET", pattern.format(f"/{name}"))
     port = int(re.search(r"metrics at 127\.0\.0\.1, port (\d+)", daemon.stderr)[1])
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", "/metrics")
     yield "the metrics port", connection.getresponse().read()
     connection.close()

@@ -24,7 +24,7 @@ from made_images import (
     place,
     wrong,
 )
-from serving import Built, wait_until, write_config
+from serving import TIMEOUT, Built, wait_until, write_config
 
 from erofs import IntegrityError, open_bootstrap
 from fscache.backend import LocalFsConfig
@@ -263,6 +263,7 @@ def test_mounted_over_the_api(serving, store, truth, tmp_path):
 
 def test_a_successor_goes_on(serving, store, truth, tmp_path, monkeypatch):
     monkeypatch.setenv("NYDUSD_RUN_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("NYDUSD_HOLDER_SECONDS", "60")
     image = named_blob(tmp_path, store, "batch-1m-lz4-toc/blob.nydus")
     config = write_config(tmp_path / "config.json", image)
     top = serving.mountpoint()
@@ -272,7 +273,7 @@ def test_a_successor_goes_on(serving, store, truth, tmp_path, monkeypatch):
     _, name = _first_file(tmp_path)
     serving.read(f"{top}{name}")
     first.send(signal.SIGKILL)
-    first.process.wait(30)
+    first.process.wait(TIMEOUT)
     # What the kernel mounts and what the table says is in the cache; both can be had again.
     for path in (tmp_path / "cache").glob("*.image.boot"):
         path.unlink()

@@ -32,12 +32,6 @@ def _wait(condition, process):
 
 
 @pytest.fixture
-def tmp_path(tmp_path_factory):
-    """Short, because of the daemons' sockets."""
-    return tmp_path_factory.mktemp("m")
-
-
-@pytest.fixture
 def layout(tmp_path):
     """An image in a folder: nothing has to be served while it is read."""
     target = f"oci:{tmp_path}/image:n"

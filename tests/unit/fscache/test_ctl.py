@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -462,9 +463,9 @@ def intervals(monkeypatch, number):
         if next(left, None) is None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ctl.time, "sleep", sleep)
     ticks = iter(range(0, 7000, 7))
-    monkeypatch.setattr(ctl.time, "monotonic", lambda: next(ticks))
+    clock = SimpleNamespace(sleep=sleep, monotonic=lambda: next(ticks))
+    monkeypatch.setattr(ctl, "time", clock)
     yield
 
 

@@ -1,6 +1,7 @@
 """Reads of channels that give the bytes themselves, and complaints about those that fail."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 from fakes.blob_image import CHUNK_SIZE, Blob
@@ -95,7 +96,7 @@ def test_nothing_after_the_end(rig):
 
 def test_complaints_are_told_once_in_a_while(monkeypatch, caplog):
     now = 100.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
     complaints = Complaints()
     for _ in range(5):
         complaints.tell("a", "broken")

@@ -1,6 +1,7 @@
 """What a watchdog takes for dead, and what it does not."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from fscache.pool import WorkerPool
 
 def test_one_late_loop_is_enough(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: now[0]))
     beats = Heartbeat("intake", 2)
     now[0] += heartbeat.LATE_SECONDS
     assert beats.trouble == ""

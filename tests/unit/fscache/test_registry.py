@@ -231,24 +231,30 @@ def backend_errors(reader):
 
 
 def test_a_token_is_renewed_ahead_of_its_end(server, connect):
-    server.auth, server.token_life = "bearer", 1
+    server.auth, server.token_life = "bearer", 600
     reader = connect(credentials=CREDENTIALS).open(BLOB)
-    end = time.monotonic() + 2
-    while time.monotonic() < end:
+    assert reader.read_at(0, 10) == DATA[:10]
+    token = known_token(reader)
+    assert time.monotonic() < token.renew_at < token.expires_at
+    object.__setattr__(token, "renew_at", 0.0)
+    for _ in range(3):
         assert reader.read_at(0, 10) == DATA[:10]
-        time.sleep(0.01)
+    assert known_token(reader) is not token
     # Only the very first request was refused.
     assert server.refusals == 1
-    assert len(server.token_requests) >= 2
+    assert len(server.token_requests) == 2
+
+
+def known_token(reader):
+    return reader._request.func.__self__._client._auth._token
 
 
 def test_renewal_that_fails_leaves_the_old_token(server, connect, caplog):
-    server.auth, server.token_life = "bearer", 4
+    server.auth, server.token_life = "bearer", 600
     reader = connect(credentials=CREDENTIALS).open(BLOB)
     assert reader.read_at(0, 10) == DATA[:10]
     server.token_fault = 503
-    token = reader._request.func.__self__._client._auth._token
-    object.__setattr__(token, "renew_at", 0.0)
+    object.__setattr__(known_token(reader), "renew_at", 0.0)
     for _ in range(3):
         assert reader.read_at(0, 10) == DATA[:10]
     # One try, then a pause.

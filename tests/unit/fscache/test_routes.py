@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from types import SimpleNamespace
 
 import pytest
 from fakes.blob_server import BlobServer
@@ -19,6 +20,7 @@ from fscache.backend import (
     Unavailable,
     open_backend,
 )
+from fscache.backend import health as health_module
 from fscache.backend.health import Health
 from fscache.backend.proxy import RateLimit
 
@@ -54,7 +56,7 @@ def connect(server):
 
 
 def until(condition):
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
@@ -260,13 +262,16 @@ def health(ping=None, **options):
     return Health("thing", ping, **options)
 
 
-def test_without_pings_one_request_tries_again():
+def test_without_pings_one_request_tries_again(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(health_module, "time", SimpleNamespace(monotonic=lambda: now))
     state = health(interval=0.2)
     state.note(False)
     assert state.ok()
     state.note(False)
     assert not state.ok()
-    until(state.ok)
+    now += 0.2
+    assert state.ok()
     assert not state.ok()
     state.note(True)
     assert state.ok()
@@ -292,10 +297,14 @@ def test_pings_bring_it_back_and_pause_when_idle():
     until(lambda: not state.ok())
     answer[0] = True
     until(state.ok)
-    time.sleep(0.3)
+
+    def paused():
+        before = len(pings)
+        time.sleep(0.2)
+        return len(pings) == before
+
+    until(paused)
     idle = len(pings)
-    time.sleep(0.1)
-    assert len(pings) == idle
     state.ok()
     until(lambda: len(pings) > idle)
     state.close()

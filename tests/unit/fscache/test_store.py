@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fscache.store import ServeDirectory, StoreError, take_stale
+from tests.leftovers import open_files
 
 
 @pytest.fixture
@@ -128,10 +129,11 @@ def test_create_avoids_a_directory_that_a_cleaner_holds(tmp_path, monkeypatch):
         real(fd, how)
 
     monkeypatch.setattr(fcntl, "flock", busy_once)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     serve = ServeDirectory.create(tmp_path)
     assert len(calls) == 2
-    assert len(os.listdir("/proc/self/fd")) == before + 1
+    ours = [file for file in open_files() - before if str(tmp_path) in file]
+    assert len(ours) == 1
     serve.remove()
 
 

@@ -114,7 +114,7 @@ class Served:
         self.api.close()
         stopper = threading.Thread(target=self.daemon.stop, daemon=True)
         stopper.start()
-        stopper.join(30)
+        stopper.join(60)
         assert not stopper.is_alive()
 
 

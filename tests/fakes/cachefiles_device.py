@@ -11,7 +11,7 @@ import socket
 from fscache.cachefiles.device import Device
 from fscache.cachefiles.protocol import Close, Open, Read
 
-TIMEOUT = 20
+TIMEOUT = 60
 PAGE = 4096
 
 

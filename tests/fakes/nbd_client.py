@@ -45,7 +45,7 @@ class NbdClient:
 
     def __init__(self, connection, *, handshake=True, structured=False, name=b""):
         self.socket = connection
-        connection.settimeout(30)
+        connection.settimeout(60)
         self._lock = threading.Lock()
         self._receive_lock = threading.Lock()
         self._cookie = 0

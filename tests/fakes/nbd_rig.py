@@ -51,7 +51,7 @@ def read(disk, offset=0, length=None):
             continue
         errors, ready = [], threading.Event()
         source.request(place, size, lambda error, e=errors, r=ready: (e.append(error), r.set()))
-        assert ready.wait(30)
+        assert ready.wait(60)
         if errors[0] is not None:
             raise errors[0]
         found = source.read(place, size)

@@ -20,7 +20,7 @@ __all__ = ["Box", "BoxError", "wait_for"]
 
 _INIT = Path(__file__).with_name("boxinit.py")
 _SPACES = ("--mount", "--pid", "--net")
-END_SECONDS = 30.0
+END_SECONDS = 90.0
 POLL_SECONDS = 0.05
 
 

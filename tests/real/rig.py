@@ -27,8 +27,8 @@ __all__ = ["Rig", "answers", "remove_cgroups", "write_nydusd"]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 CGROUPS = Path("/sys/fs/cgroup")
-START_SECONDS = 30.0
-REMOVE_SECONDS = 20.0
+START_SECONDS = 90.0
+REMOVE_SECONDS = 90.0
 _HOLDER = "fscache.holder.process"
 _WAITING = re.compile(r"^nydusd_waiting_reads (\d+)", re.MULTILINE)
 _BLOB_ANSWER = re.compile(r'"GET /v2/\S+/blobs/sha256:(\S+) HTTP/1\.\d" 20[06] (\d+) .*"(\S*)"$')
@@ -173,7 +173,7 @@ class Rig:
         )  # fmt: skip
         return reference
 
-    def ctr(self, *words: object, seconds: float = 60.0) -> str:
+    def ctr(self, *words: object, seconds: float = 120.0) -> str:
         """Run ctr; on an error show what snapshotter and nydusd said."""
         try:
             return self.box.run("ctr", *words, seconds=seconds)

@@ -14,7 +14,7 @@ from tests.treecompare import compare_trees
 
 pytestmark = [
     requires("root", "erofs_mount", "fanotify"),
-    pytest.mark.timeout(300, func_only=True),
+    pytest.mark.timeout(900, func_only=True),
 ]
 
 # Done in the container's root by programs of this machine: the image has only a few.

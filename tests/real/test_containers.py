@@ -11,10 +11,10 @@ from tests.real.rootfs import BIG, PIECE
 
 pytestmark = [
     requires("root", "erofs_mount", "fanotify"),
-    pytest.mark.timeout(300, func_only=True),
+    pytest.mark.timeout(900, func_only=True),
 ]
 
-SECONDS = 60.0
+SECONDS = 90.0
 PIECE_SUM = f"dd if={BIG} bs={PIECE} skip=$i count=1 2>/dev/null | sha256sum"
 
 

@@ -12,7 +12,7 @@ from tests.capabilities import need_tool, requires
 from tests.real.box import BoxError
 from tests.real.helperrig import IMAGE, HelperRig, pack_image
 
-pytestmark = [requires("root", "overlay"), pytest.mark.timeout(300, func_only=True)]
+pytestmark = [requires("root", "overlay"), pytest.mark.timeout(900, func_only=True)]
 
 MANY = 120
 OPTIONS = [

@@ -16,10 +16,10 @@ from tests.real.rig import write_nydusd
 pytestmark = [
     requires("root", "erofs_mount", "fanotify"),
     pytest.mark.skipif("NYDUSD" in os.environ, reason="another nydusd has no holder"),
-    pytest.mark.timeout(300, func_only=True),
+    pytest.mark.timeout(900, func_only=True),
 ]
 
-SECONDS = 60.0
+SECONDS = 90.0
 # How many pieces `open` and `new` have read by the end of each phase.
 BOUNDS = (8, 24, 40, 56)
 

@@ -139,7 +139,7 @@ def test_fifo_as_output(tmp_path):
     reader = threading.Thread(target=lambda: taken.append(fifo.read_bytes()))
     reader.start()
     unpack(path, fifo, blob_directory(tmp_path))
-    reader.join(10)
+    reader.join(60)
     assert len(read(taken[0])) == len(MEMBERS)
     assert stat.S_ISFIFO(fifo.stat().st_mode)
 

@@ -65,7 +65,7 @@ def make_large(directory):
 
 
 def connect(proxy):
-    return http.client.HTTPConnection(proxy.url.removeprefix("http://"), timeout=30)
+    return http.client.HTTPConnection(proxy.url.removeprefix("http://"), timeout=60)
 
 
 def wait_until_refused(proxy):
@@ -86,7 +86,7 @@ def ask(connection, path, method="GET", **headers):
 def exchange(proxy, request):
     """Send raw bytes, return all bytes that come until the server hangs up."""
     host, port = proxy.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as sock:
+    with socket.create_connection((host, int(port)), timeout=60) as sock:
         sock.sendall(request)
         pieces = []
         while piece := sock.recv(1 << 16):
@@ -542,7 +542,7 @@ def test_program_serves_until_a_signal(directory, number):
         with closing(http.client.HTTPConnection(url.removeprefix("http://"))) as connection:
             assert ask(connection, URL)[1] == DATA
             process.send_signal(number)
-            assert process.wait(30) == 0
+            assert process.wait(60) == 0
         assert "Traceback" not in process.stderr.read()
 
 

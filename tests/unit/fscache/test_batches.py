@@ -130,10 +130,10 @@ def test_what_is_read_is_one_range(tmp_path):
 def test_many_readers_ask_for_the_table_once(rig):
     rig.reader.gate.clear()
     waiting = [rig.request(index) for index in (0, 1, 2, 1, 0, 3, 8)]
-    assert rig.reader.entered.wait(30)
+    assert rig.reader.entered.wait(60)
     rig.reader.gate.set()
     for answers, called in waiting:
-        assert called.wait(30)
+        assert called.wait(60)
         assert answers == [None]
     assert sorted(rig.reader.reads) == sorted(
         [rig.blob.table_range, rig.blob.places[0], rig.blob.places[1], rig.blob.places[4]]
@@ -280,7 +280,7 @@ def test_no_table_is_an_error_for_all_who_wait(tmp_path):
     rig.reader.error = Unavailable("gone", temporary=True)
     rig.reader.gate.set()
     for answers, called in waiting:
-        assert called.wait(30)
+        assert called.wait(60)
         assert [type(error) for error in answers] == [Unavailable]
     assert len(rig.reader.reads) == 2
     # The second event of the same read does not ask again.
@@ -326,7 +326,7 @@ def test_streams_of_blobs_of_batches(tmp_path):
     config = PrefetchConfig(enable=True, stream_prefetch=True, threads=1)
     run = StreamPrefetch(rig.fetcher, [(rig.cached, rig.reader)], config)
     for thread in run._threads:
-        thread.join(30)
+        thread.join(60)
     rig.fetcher.fetch_all(rig.cached)
     assert rig.reader.streams == [0]
     assert rig.reader.reads == [rig.blob.table_range]
@@ -339,13 +339,13 @@ def test_closing_while_the_table_is_asked_for(tmp_path):
     rig = Rig(tmp_path)
     rig.reader.gate.clear()
     answers, called = rig.request(0)
-    assert rig.reader.entered.wait(30)
+    assert rig.reader.entered.wait(60)
     closer = threading.Thread(target=rig.fetcher.close, args=(0.2,))
     closer.start()
-    assert called.wait(30)
+    assert called.wait(60)
     assert [type(error) for error in answers] == [Unavailable]
     rig.reader.gate.set()
-    closer.join(30)
+    closer.join(60)
     assert len(answers) == 1
 
 

@@ -79,7 +79,7 @@ def test_many_at_once(blob, tmp_path):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert len(places) == 8
     assert len(set(places)) == 1
     assert places[0].read_bytes() == inlined_bootstrap(blob)

@@ -69,7 +69,7 @@ def test_mountpoint_is_looked_at_first(tmp_path, image):
 
 class UnixConnection(http.client.HTTPConnection):
     def __init__(self, path):
-        super().__init__("localhost", timeout=10)
+        super().__init__("localhost", timeout=60)
         self._path = str(path)
 
     def connect(self):

@@ -70,11 +70,11 @@ def test_pieces_are_fetched_at_once(rig):
     got = []
     thread = threading.Thread(target=lambda: got.append(rig.demand.read(rig.pieces(*PLACES))))
     thread.start()
-    assert all(reader.entered.wait(20) for reader in rig.readers)
+    assert all(reader.entered.wait(60) for reader in rig.readers)
     assert not got
     for reader in rig.readers:
         reader.gate.set()
-    thread.join(20)
+    thread.join(60)
     assert got == [rig.truth(*PLACES)]
 
 

@@ -306,14 +306,14 @@ def test_completion_is_told_once_and_after_the_sync(tmp_path):
 
     rig = Rig(tmp_path, on_complete=on_complete)
     rig.ensure()
-    assert told.wait(30)
+    assert told.wait(60)
     rig.ensure()
     rig.fetcher.close(5)
     assert states == [b"\xff\xff"]
     assert rig.cached.is_complete
     told.clear()
     again = Rig(tmp_path, rig.blob, on_complete=on_complete)
-    assert told.wait(30)
+    assert told.wait(60)
     again.fetcher.close(5)
     assert len(states) == 2
 
@@ -343,7 +343,7 @@ def test_close_fails_what_hangs_exactly_once(tmp_path):
     rig = Rig(tmp_path)
     rig.reader.gate.clear()
     answers = [rig.request(), rig.request(0, 4096)]
-    assert rig.reader.entered.wait(30)
+    assert rig.reader.entered.wait(60)
     closer = threading.Thread(target=rig.fetcher.close, args=(0.05,))
     closer.start()
     errors = [answer.wait() for answer in answers]
@@ -372,7 +372,7 @@ def test_close_waits_for_what_is_under_way(tmp_path):
 def test_detach_under_a_fetch_writes_nowhere_else(rig):
     rig.reader.gate.clear()
     answer = rig.request()
-    assert rig.reader.entered.wait(30)
+    assert rig.reader.entered.wait(60)
     rig.fetcher.detach(rig.cached)
     assert isinstance(answer.wait(), Unavailable)
     assert isinstance(rig.request().wait(), CacheError)

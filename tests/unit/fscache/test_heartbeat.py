@@ -41,18 +41,18 @@ def test_a_pool_is_stuck_when_no_worker_is_left(pool):
 
     assert not pool.is_stuck(0)
     pool.submit("a", task)
-    assert started.acquire(timeout=20)
+    assert started.acquire(timeout=60)
     # The other worker is free.
     assert not pool.is_stuck(0)
     pool.submit("b", task)
-    assert started.acquire(timeout=20)
+    assert started.acquire(timeout=60)
     assert pool.is_stuck(0)
     # Slow is not stuck.
     assert not pool.is_stuck(1000)
     release.set()
     done = threading.Event()
     pool.submit("c", done.set)
-    assert done.wait(20)
+    assert done.wait(60)
 
 
 def test_a_closed_pool_has_no_workers(pool):
@@ -72,7 +72,7 @@ def test_a_fetcher_in_trouble(monkeypatch):
             release.wait(20)
 
         fetcher._pool.submit("x", task)
-        assert started.wait(20)
+        assert started.wait(60)
         assert fetcher.trouble == "workers: all at one task for more than 0 s"
         release.set()
         monkeypatch.setattr(fetcher_module, "_STUCK_SECONDS", 600.0)

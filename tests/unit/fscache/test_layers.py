@@ -97,7 +97,7 @@ def test_streamed(rig, batch, piece):
     config = PrefetchConfig(enable=True, stream_prefetch=True, batch_size=batch)
     run = StreamPrefetch(rig.fetcher, [(rig.cached, rig.reader)], config)
     for thread in run._threads:
-        thread.join(30)
+        thread.join(60)
     assert rig.data() == rig.blob.plain
     assert rig.cached.is_complete
     assert rig.reader._layer.streams == [0]

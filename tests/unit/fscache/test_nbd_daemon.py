@@ -141,10 +141,10 @@ def test_a_device(device, begin, image):
     stopping = threading.Thread(target=daemon.stop)
     stopping.start()
     # Whoever has it open is waited for.
-    assert made.released.wait(30)
+    assert made.released.wait(60)
     assert daemon.state is State.RUNNING
     made.ended.set()
-    stopping.join(30)
+    stopping.join(60)
     assert daemon.state is State.STOPPED
 
 

@@ -151,7 +151,7 @@ def test_somebody_else_detaches(kernel, server):
     ended = threading.Event()
     device = KernelDevice.attach(server, None, "it", 2, ended.set)
     kernel.disconnect(5)
-    assert ended.wait(30)
+    assert ended.wait(60)
     assert device.has_ended
 
 
@@ -161,7 +161,7 @@ def test_a_device_that_vanishes_ends_it_too(kernel, server):
     clients, kernel.sockets = kernel.sockets, []
     for client in clients:
         client.close()
-    assert ended.wait(30)
+    assert ended.wait(60)
     assert device.has_ended
 
 

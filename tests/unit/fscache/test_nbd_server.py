@@ -245,7 +245,7 @@ def test_end_in_order_waits_for_answers(rig, client):
     assert client.answer({cookie: 10}) == (cookie, 0, DATA[:10])
     with pytest.raises(ConnectionError):
         client.take(1)
-    assert client.ended.wait(30)
+    assert client.ended.wait(60)
     assert rig.ends == [True]
 
 
@@ -254,7 +254,7 @@ def test_a_client_that_goes_away_is_forgotten(rig, client):
     rig.waiting.wait(1)
     client.close()
     rig.waiting.finish(0)
-    assert client.ended.wait(30)
+    assert client.ended.wait(60)
     assert rig.ends == [False]
     rig.connection.join()
     assert rig.server.connections == 0
@@ -266,7 +266,7 @@ def test_nonsense_ends_the_connection(rig, client, sent):
     client.socket.sendall(sent)
     with pytest.raises(ConnectionError):
         client.take(1)
-    assert client.ended.wait(30)
+    assert client.ended.wait(60)
     assert rig.ends == [False]
     assert other.read(0, 5) == DATA[:5]
 
@@ -280,14 +280,14 @@ def test_pause_answers_what_was_taken(rig, client):
     assert client.answer({cookie: 10}) == (cookie, 0, DATA[:10])
     with pytest.raises(ConnectionError):
         client.take(1)
-    assert client.ended.wait(30)
+    assert client.ended.wait(60)
 
 
 def test_the_end_is_told_before_slow_answers(rig, client):
     client.ask(READ, rig.lazy, 10)
     rig.waiting.wait(1)
     client.close()
-    assert client.ended.wait(30)
+    assert client.ended.wait(60)
     assert rig.server.waiting == 1
     rig.waiting.finish(0)
     rig.connection.join()
@@ -367,7 +367,7 @@ def test_close_uses_no_source_afterwards(rig, client):
     rig.server.close()
     for number in range(3):
         rig.waiting.finish(number)
-    assert client.ended.wait(30)
+    assert client.ended.wait(60)
     assert rig.waiting.reads == 0
     ours, theirs = socket.socketpair()
     with pytest.raises(ProtocolError, match="closed"):
@@ -382,4 +382,4 @@ def test_a_client_that_takes_no_answers_does_not_stop_the_end(rig):
         client.ask(READ, 0, len(DATA))
     select.select([client.socket], [], [], 30)
     rig.server.close()
-    assert client.ended.wait(30)
+    assert client.ended.wait(60)

@@ -22,7 +22,7 @@ def test_background_comes_last(pool):
     for name in ("a", "b"):
         pool.submit(name, lambda name=name: order.append(name))
     gate.set()
-    assert done.wait(30)
+    assert done.wait(60)
     assert order == ["a", "b", "background"]
 
 
@@ -45,10 +45,10 @@ def test_threads_start_when_tasks_come():
         for number in range(5):
             assert pool.submit(number, task)
         # All of the bound at once, and no more.
-        assert all(started.acquire(timeout=30) for _ in range(3))
+        assert all(started.acquire(timeout=60) for _ in range(3))
         assert len(pool._threads) == 3
         release.set()
-        assert all(started.acquire(timeout=30) for _ in range(2))
+        assert all(started.acquire(timeout=60) for _ in range(2))
     finally:
         release.set()
         pool.close(10)
@@ -64,6 +64,6 @@ def test_tasks_wait_where_no_thread_can_start(monkeypatch):
     done = [threading.Event() for _ in range(4)]
     try:
         assert all(pool.submit("key", event.set) for event in done)
-        assert all(event.wait(30) for event in done)
+        assert all(event.wait(60) for event in done)
     finally:
         pool.close(10)

@@ -77,7 +77,7 @@ class Rig:
 
     def run(self, files=None, **config):
         """Prefetch to the end; return which chunks were read, in order."""
-        self.start(files, **config)._thread.join(30)
+        self.start(files, **config)._thread.join(60)
         while self.fetcher._outstanding.requests:
             time.sleep(0.001)
         return self.read_chunks()
@@ -220,7 +220,7 @@ def test_little_is_begun_while_a_reader_waits(rig):
     rig.reader.gate.clear()
     x = rig.cached.map.uncompressed_offsets[rig.chunks("/d/sub/y")[0]]
     rig.fetcher.request(rig.cached, x, 1, answer)
-    assert rig.reader.entered.wait(30)
+    assert rig.reader.entered.wait(60)
     run = rig.start(prefetch_all=True, threads=8)
     while len(rig.reader.reads) < 3:
         time.sleep(0.005)
@@ -229,8 +229,8 @@ def test_little_is_begun_while_a_reader_waits(rig):
     assert run._thread.is_alive()
     assert len(rig.reader.reads) == 3
     rig.reader.gate.set()
-    assert answer.called.wait(30)
-    run._thread.join(30)
+    assert answer.called.wait(60)
+    run._thread.join(60)
     rig.fetcher.ensure(rig.cached, 0, rig.cached.map.uncompressed_size)
     assert rig.cached.is_complete
 

@@ -229,7 +229,7 @@ def server(daemon):
 
 
 def ask(server, method, path):
-    connection = http.client.HTTPConnection(*server.address, timeout=10)
+    connection = http.client.HTTPConnection(*server.address, timeout=60)
     connection.request(method, path)
     response = connection.getresponse()
     body = response.read()

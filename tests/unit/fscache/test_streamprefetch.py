@@ -53,7 +53,7 @@ class Rig:
 
     def run(self, **config):
         for thread in self.start(**config)._threads:
-            thread.join(30)
+            thread.join(60)
             assert not thread.is_alive()
         while self.fetcher._outstanding.requests:
             time.sleep(0.001)
@@ -189,13 +189,13 @@ def test_nothing_is_taken_while_a_reader_waits(rig):
     reader.gate.clear()
     answer = Answer()
     rig.fetcher.request(cached, 0, 1, answer)
-    assert reader.entered.wait(30)
+    assert reader.entered.wait(60)
     (thread,) = rig.start()._threads
     thread.join(0.2)
     assert reader.streams == []
     reader.gate.set()
-    assert answer.called.wait(30)
-    thread.join(30)
+    assert answer.called.wait(60)
+    thread.join(60)
     assert reader.streams == [0]
 
 
@@ -219,12 +219,12 @@ def test_a_stream_stands_still_for_a_reader(rig):
     answer = Answer()
     reader._pieces, reader.read_at = slow, hang
     (thread,) = rig.start()._threads
-    assert waiting.wait(30)
+    assert waiting.wait(60)
     thread.join(0.2)
     assert taken == [0, 1, 2, 3]
     release.set()
-    thread.join(30)
-    assert answer.called.wait(30)
+    thread.join(60)
+    assert answer.called.wait(60)
     while rig.fetcher._outstanding.requests:
         time.sleep(0.001)
     assert rig.data() == rig.blobs[0].plain
@@ -244,12 +244,12 @@ def test_bandwidth_and_stop(rig):
 def test_stop_does_not_wait_for_a_backend_that_hangs(rig):
     rig.readers[0].gate.clear()
     run = rig.start()
-    assert rig.readers[0].entered.wait(30)
+    assert rig.readers[0].entered.wait(60)
     run.stop()
     (thread,) = run._threads
     assert thread.is_alive()
     rig.readers[0].gate.set()
-    thread.join(30)
+    thread.join(60)
     assert rig.cached[0].chunks.ready_count == 0
 
 

@@ -202,7 +202,7 @@ def test_many_reads_stay_bounded(bootstrap, monkeypatch):
     for thread in threads:
         thread.start()
     for thread in [*threads, *(t for t in threading.enumerate() if t.name == "trace")]:
-        thread.join(30)
+        thread.join(60)
     assert len(reader.trace._pending) < 2000
     (item,) = reader.trace.pattern_as_list()
     assert item["nr_read"] == 2000
@@ -216,7 +216,7 @@ def test_a_broken_bootstrap_costs_no_memory(tmp_path, monkeypatch, caplog):
         trace.record("f" * 64, 0, 1, 1.0, False)
     for thread in threading.enumerate():
         if thread.name == "trace":
-            thread.join(30)
+            thread.join(60)
     assert not trace._pending
     assert "not counted by file" in caplog.text
     trace.record("f" * 64, 0, 1, 1.0, False)

@@ -1,9 +1,10 @@
 """What a test may leave behind, told from what others open, close and mount meanwhile.
 
-Threads of earlier tests of a process may still close files, and another process of pytest
-mounts images at the same time: lists of before and after are rarely equal.
+Threads of earlier tests of a process may still close files and write to the log, and another
+process of pytest mounts images at the same time: lists of before and after are rarely equal.
 """
 
+import logging
 import os
 import time
 from contextlib import contextmanager
@@ -46,6 +47,11 @@ def no_erofs_left():
     while left := new & set(os.listdir(sysfs)):
         assert time.monotonic() < end, left
         time.sleep(0.05)
+
+
+def said(caplog, logger: str) -> list[logging.LogRecord]:
+    """Return what one logger said; a thread of an earlier test may say something, too."""
+    return [record for record in caplog.records if record.name == logger]
 
 
 def loops_over(place: Path) -> list[str]:

@@ -5,6 +5,7 @@ from fakes.registry import at_once
 
 from fscache.backend import AuthError, BackendError, NotFound, ShortRead, Unavailable
 from fscache.backend.breaker import Breaker, Circuit
+from tests.leftovers import said
 
 
 def opened(circuit, now=0.0):
@@ -111,7 +112,8 @@ def test_one_probe_then_all_go_again(caplog):
         (other,) = at_once(1, lambda number: guarded(breaker))
     assert "next try" in str(other)
     assert at_once(4, lambda number: guarded(breaker)) == [None] * 4
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+    told = said(caplog, "fscache.backend.breaker")
+    assert [record.getMessage().split(":")[0] for record in told] == [
         "backend fails again and again",
         "backend works again",
     ]

@@ -27,6 +27,7 @@ from fscache.settings import (
     RafsConfig,
 )
 from tests.fixtures_path import FIXTURES, needs_fixtures
+from tests.leftovers import said
 
 V1 = {
     "device": {
@@ -136,7 +137,7 @@ def test_unknown_keys_are_warned_about(caplog):
         parse_config(changed("device.cache.config", {"work_dir": "/c", "bogus": 1}))
         parse_config(changed("mode", "cached"))
         parse_config(changed("device.cache.config", {}))
-    messages = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in said(caplog, "fscache.backend.table")]
     assert messages == [
         "configuration: unknown key device.cache.config.bogus",
         "configuration: mode has no effect in this version",
@@ -311,7 +312,7 @@ def test_defaults_do_not_warn(caplog):
     plain |= {"iostats_files": False, "amplify_io": 1 << 20, "fs_prefetch": {"enable": False}}
     plain["device"]["cache"]["compressed"] = False
     parse_config(json.dumps(plain))
-    assert caplog.records == []
+    assert said(caplog, "fscache.backend.table") == []
 
 
 REGISTRY = {"host": "h", "repo": "r"}

@@ -28,6 +28,7 @@ from fscache.prefetchlist import (
 )
 from fscache.settings import PrefetchConfig
 from fscache.tarpieces import PIECE_BYTES
+from tests.leftovers import said
 
 CHUNK = 0x1000
 RANDOM = random.Random(3)
@@ -129,7 +130,7 @@ def test_paths_in_their_order_and_once(rig, caplog):
     with open_bootstrap(rig.bootstrap) as image:
         found = listed_nids(image, [b"/f", b"/nowhere/x", b"//d/./x", b"/d/hard", b"/a", b"/f"])
     assert found == nids(rig, b"/f", b"/d/x", b"/a")
-    assert [record.getMessage() for record in caplog.records] == [
+    assert [record.getMessage() for record in said(caplog, "fscache.prefetchlist")] == [
         "file to prefetch is not in the image: b'/nowhere/x'"
     ]
 

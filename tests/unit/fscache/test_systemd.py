@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from fscache.systemd import Notifier, Watchdog
+from tests.leftovers import said
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -82,7 +83,7 @@ def test_without_a_manager_nothing_happens(address, caplog):
     notifier = Notifier.from_environment({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "1000000"})
     notifier.ready("x")
     assert notifier.watchdog == 0
-    assert len(caplog.records) == bool(address)
+    assert len(said(caplog, "fscache.systemd")) == bool(address)
 
 
 def test_a_manager_that_is_gone_or_full_is_a_warning(tmp_path, caplog):
@@ -91,9 +92,10 @@ def test_a_manager_that_is_gone_or_full_is_a_warning(tmp_path, caplog):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         receiver.bind(str(tmp_path / "full"))
         full = Notifier(str(tmp_path / "full"))
-        while len(caplog.records) < 2:
+        while len(said(caplog, "fscache.systemd")) < 2:
             full.alive("x" * 100)
-    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
+    told = said(caplog, "fscache.systemd")
+    assert [record.levelno for record in told] == [logging.WARNING] * 2
     assert "READY=1" in caplog.text
 
 
@@ -122,7 +124,8 @@ def test_signs_of_life_only_while_alive(manager, caplog):
         assert manager.is_quiet()
         state["reason"] = ""
         assert manager.message() == "WATCHDOG=1\nSTATUS=well"
-    told = [record for record in caplog.records if record.levelno == logging.CRITICAL]
+    told = said(caplog, "fscache.systemd")
+    told = [record for record in told if record.levelno == logging.CRITICAL]
     assert [record.getMessage() for record in told] == [
         "no sign of life for the watchdog: intake stuck"
     ]

@@ -6,6 +6,7 @@ The end of the program is 0 when images can be read lazily from the directory, e
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -91,5 +92,9 @@ def doctor(work_dir: Path, *, as_json: bool) -> int:
     Raises `OSError` for a directory that cannot be used.
     """
     report = diagnose(gather(work_dir))
-    print(json.dumps(report.as_dict(), indent=2) if as_json else report.as_text())
+    try:
+        print(json.dumps(report.as_dict(), indent=2) if as_json else report.as_text(), flush=True)
+    except BrokenPipeError:
+        # Whoever read the table has seen enough; the verdict is the same.
+        sys.stdout = None
     return 0 if report.lazy else 1

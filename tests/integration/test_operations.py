@@ -299,6 +299,18 @@ def test_doctor_agrees_with_the_daemon_and_leaves_nothing(tmp_path):
     assert verdicts["lazy read, tried"] == verdicts["privilege"] == verdicts["EROFS"] == "yes"
 
 
+def test_doctor_whose_reader_has_seen_enough(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    program = Path(sys.executable).with_name("nydusd")
+    with open(writing, "wb") as closed:
+        done = subprocess.run(
+            [program, "doctor", "--work-dir", tmp_path],
+            stdout=closed, stderr=subprocess.PIPE, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_doctor_on_a_directory_that_does_not_do(serving):
     directory = serving.mountpoint()
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", directory], check=True)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 from erofs.errors import CodecError
 from erofs.rafs import Compressor
 
-__all__ = ["Codec", "compress", "compress_all", "decompress"]
+__all__ = ["Codec", "compress", "compress_all", "decompress", "load"]
 
 Data = bytes | memoryview
 
@@ -175,3 +176,9 @@ def decompress(algorithm: Compressor, data: bytes | memoryview, size: int) -> by
     if len(result) != size:
         raise CodecError("decompressed to the wrong length", expected=size, got=len(result))
     return result
+
+
+def load(algorithm: Compressor) -> None:
+    """Load the library for decompression, as the first chunk would; a missing one shows there."""
+    with suppress(CodecError):
+        CODECS[algorithm].decompress(b"", 0)

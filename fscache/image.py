@@ -8,9 +8,13 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from erofs.codec import load as load_codec
+from erofs.digest import function as digest_function
+from erofs.errors import NydusError
+from erofs.rafs import Compressor, Digester
 from fscache.backend import Backend, BlobReader, open_backend
 from fscache.backend.base import Prepares, TakesCredentials
 from fscache.backend.retry import retry_policy
@@ -116,9 +120,20 @@ class ServedImage:
             stack.pop_all()
         if domain.serves:
             self._prefetch(fetcher, domain)
+
+    def prepare(self) -> None:
+        """Have a thread load what the first read takes, while the kernel is waited for."""
+        threading.Thread(target=self._prepare, name="prepare", daemon=True).start()
+
+    def _prepare(self) -> None:
+        """Load what the first read takes, in its order; what cannot be loaded fails that read."""
+        # A number that is none is refused where the blob is opened.
+        with suppress(NydusError, ValueError):
             if isinstance(self.backend, Prepares):
-                # Not before the mount, which does not need it.
-                threading.Thread(target=self.backend.prepare, name="prepare", daemon=True).start()
+                self.backend.prepare()
+            for plan in self._plan.blobs:
+                load_codec(Compressor(plan.entry.compressor))
+                digest_function(Digester(plan.entry.digester))
 
     def open_blobs(
         self, domain: Domain, fetcher: Fetcher, *, prefetch: bool = True

@@ -35,11 +35,11 @@ class DirectSender:
         self._lock = threading.Lock()
         self._transport: Transport | None = None
         if config.ca_cert_files:
-            self.prepare()
+            self._open()
 
-    def prepare(self) -> None:
+    def prepare(self, url: str) -> None:
         """Load the library; see `Sender.prepare`."""
-        self._open()
+        self._open().prepare(url)
 
     def _open(self) -> Transport:
         with self._lock:

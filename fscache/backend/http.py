@@ -61,7 +61,7 @@ class HttpProxyBackend:
 
     def prepare(self) -> None:
         """Be ready for a first read; see `Prepares`."""
-        self._sender.prepare()
+        self._sender.prepare(self._prefix)
 
     def close(self) -> None:
         """Close idle connections; one in use is closed by its reader."""

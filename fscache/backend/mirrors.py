@@ -146,9 +146,9 @@ class MirrorSender:
         answer.close()
         return None
 
-    def prepare(self) -> None:
+    def prepare(self, url: str) -> None:
         """Be ready to send; see `Sender.prepare`."""
-        self._direct.prepare()
+        self._direct.prepare(url)
 
     def for_secrets(self) -> Sender:
         """Return the direct sender: a mirror is not asked for tokens."""

@@ -113,6 +113,7 @@ class ObjectStoreBackend:
         self._sender = sender or open_sender(config, config.endpoint)
         self._breaker = Breaker()
         self._transfer_timeout = config.transfer_timeout
+        self._address = f"{config.scheme}://{config.endpoint}"
         self.store = ObjectStore(config, self._sender)
 
     def open(self, blob_id: str) -> RangeReader:
@@ -127,7 +128,7 @@ class ObjectStoreBackend:
 
     def prepare(self) -> None:
         """Be ready for a first read; see `Prepares`."""
-        self._sender.prepare()
+        self._sender.prepare(self._address)
 
     def close(self) -> None:
         """Close idle connections; one in use is closed by its reader."""

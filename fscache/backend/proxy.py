@@ -154,7 +154,7 @@ class ProxySender:
             return False
         return True
 
-    def prepare(self) -> None:
+    def prepare(self, url: str) -> None:
         """Do nothing: the library is loaded."""
 
     def for_secrets(self) -> Sender:
@@ -185,7 +185,7 @@ class _Tunnel:
         """Send one request; see `Sender.send`."""
         return self._proxy._send(method, url, headers, deadline, body, use_http=False)
 
-    def prepare(self) -> None:
+    def prepare(self, url: str) -> None:
         """Do nothing: the library is loaded."""
 
     def for_secrets(self) -> Sender:

@@ -69,7 +69,7 @@ class RegistryBackend:
 
     def prepare(self) -> None:
         """Be ready for a first read; see `Prepares`."""
-        self._sender.prepare()
+        self._sender.prepare(f"{self._client.scheme}://{self._config.host}")
 
     def close(self) -> None:
         """Close idle connections; one in use is closed by its reader."""

@@ -45,8 +45,8 @@ class Sender(Protocol):
             Unavailable: no answer; an answer of any status is returned.
         """
 
-    def prepare(self) -> None:
-        """Be ready to send."""
+    def prepare(self, url: str) -> None:
+        """Be ready to send to an address; raise `BackendError`."""
 
     def for_secrets(self) -> Sender:
         """Return the sender for requests whose body or answer is secret."""

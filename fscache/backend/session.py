@@ -101,7 +101,7 @@ class SessionSender:
             raise _translated(error, host_of(url)) from error
         return Answer(response.raw, url)
 
-    def prepare(self) -> None:
+    def prepare(self, url: str) -> None:
         """Do nothing: the library is loaded."""
 
     def for_secrets(self) -> Sender:

@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from http.client import IncompleteRead
@@ -97,13 +98,12 @@ def tls_context(config: NetworkConfig) -> ssl.SSLContext:
     return context
 
 
+_POOLS: dict[str, Any] = {"num_pools": POOL_HOSTS, "maxsize": POOL_CONNECTIONS}
+
+
 def pool_options(config: NetworkConfig) -> dict[str, Any]:
     """Return the options of a pool manager; raise `BackendError` for bad certificate files."""
-    options: dict[str, Any] = {
-        "num_pools": POOL_HOSTS,
-        "maxsize": POOL_CONNECTIONS,
-        "ssl_context": tls_context(config),
-    }
+    options: dict[str, Any] = {**_POOLS, "ssl_context": tls_context(config)}
     if config.skip_verify:
         urllib3.disable_warnings(InsecureRequestWarning)
         options.update(cert_reqs="CERT_NONE", assert_hostname=False)
@@ -117,21 +117,36 @@ class Transport:
         config: certificates and time limits.
         unix: path of a unix socket.
         opener: a pool manager of its own kind instead of a direct one.
+
+    Raises:
+        BackendError: bad certificate files.
     """
 
     def __init__(
         self, config: NetworkConfig, *, unix: str = "", opener: PoolManager | None = None
     ) -> None:
-        self._connect_timeout = config.connect_timeout
-        self._timeout = config.timeout
+        self._config = config
+        self._lock = threading.Lock()
         self._opener: PoolManager | HTTPConnectionPool
-        self._clear: Callable[[], None]
+        # For https; the system's certificates take as long to load as the library.
+        self._secure: PoolManager | HTTPConnectionPool | None
         if unix:
-            pool = _UnixPool("localhost", socket_path=unix, maxsize=POOL_CONNECTIONS)
-            self._opener, self._clear = pool, pool.close
+            self._opener = _UnixPool("localhost", socket_path=unix, maxsize=POOL_CONNECTIONS)
+            self._secure = self._opener
         else:
-            manager = opener or PoolManager(**pool_options(config))
-            self._opener, self._clear = manager, manager.clear
+            self._opener = opener or PoolManager(**_POOLS)
+            self._secure = opener
+        if config.ca_cert_files:
+            # What is wrong with them shows at once.
+            self._opener_for("https:")
+
+    def _opener_for(self, url: str) -> PoolManager | HTTPConnectionPool:
+        if url[:6].lower() != "https:":
+            return self._opener
+        with self._lock:
+            if self._secure is None:
+                self._secure = PoolManager(**pool_options(self._config))
+            return self._secure
 
     def send(
         self,
@@ -146,13 +161,14 @@ class Transport:
         if left <= 0:
             raise Unavailable(f"no time left to ask {host_of(url)}", temporary=True)
         try:
-            response = self._opener.urlopen(
+            response = self._opener_for(url).urlopen(
                 method,
                 url,
                 headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity", **headers},
                 body=body,
                 timeout=Timeout(
-                    connect=min(self._connect_timeout, left), read=min(self._timeout, left)
+                    connect=min(self._config.connect_timeout, left),
+                    read=min(self._config.timeout, left),
                 ),
                 retries=False,
                 redirect=False,
@@ -163,8 +179,9 @@ class Transport:
             raise failure(error, host_of(url)) from error
         return Answer(response, url)
 
-    def prepare(self) -> None:
-        """Do nothing."""
+    def prepare(self, url: str) -> None:
+        """Load the certificates, where they are needed; see `Sender.prepare`."""
+        self._opener_for(url)
 
     def for_secrets(self) -> Sender:
         """Return this sender."""
@@ -172,7 +189,11 @@ class Transport:
 
     def close(self) -> None:
         """Close idle connections; one in use is closed by its reader."""
-        self._clear()
+        for opener in (self._opener, self._secure):
+            if isinstance(opener, PoolManager):
+                opener.clear()
+            elif opener is not None:
+                opener.close()
 
 
 class Answer:

@@ -1,5 +1,7 @@
 import os
 import random
+import subprocess
+import sys
 
 import lz4.block
 import pytest
@@ -105,3 +107,15 @@ def test_without_the_function_for_many(monkeypatch):
     expected = codec.compress(Compressor.ZSTD, bytes(1000))
     monkeypatch.setattr(codec, "_zstd_compress_all", lambda pieces: None)
     assert codec.compress_all(Compressor.ZSTD, [bytes(1000)] * 2) == [expected] * 2
+
+
+@pytest.mark.parametrize("algorithm", Compressor)
+def test_a_library_is_loaded_ahead(algorithm):
+    program = (
+        "import sys; from erofs import codec; from erofs.rafs import Compressor\n"
+        f"codec.load(Compressor({int(algorithm)}))\n"
+        "print([name for name in ('zstandard', 'lz4.block') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    names = {Compressor.ZSTD: b"['zstandard']", Compressor.LZ4_BLOCK: b"['lz4.block']"}
+    assert done.stdout.strip() == names.get(algorithm, b"[]")

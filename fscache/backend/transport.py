@@ -7,6 +7,7 @@ a query or a header: those may hold secrets. Nothing here repeats a request or f
 from __future__ import annotations
 
 import email.utils
+import encodings.idna  # noqa: F401 -- of names of hosts: the first request would load it
 import logging
 import re
 import socket

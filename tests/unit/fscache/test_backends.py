@@ -25,7 +25,9 @@ from fscache.backend import (
     open_backend,
 )
 from fscache.backend.config import ConfigTable, backend_config
+from fscache.backend.direct import DirectSender
 from fscache.backend.retry import RetryPolicy, retry_policy
+from fscache.backend.settings import NetworkConfig
 
 DATA = bytes(range(256)) * 4096  # 1 MiB
 BLOB = "a" * 64
@@ -386,6 +388,23 @@ def test_http_bad_addresses(addr):
     with pytest.raises(BackendError) as caught:
         open_backend(HttpProxyConfig(addr))
     assert "secret" not in str(caught.value)
+
+
+def test_certificates_are_loaded_for_https_alone(monkeypatch):
+    """They take as long as all else of a first read."""
+
+    def refused(config):
+        raise BackendError("certificates")
+
+    monkeypatch.setattr("fscache.backend.transport.tls_context", refused)
+    sender = DirectSender(NetworkConfig())
+    sender.prepare("http://host/path")
+    for address in ("https://host/path", "HTTPS://host"):
+        with pytest.raises(BackendError, match="certificates"):
+            sender.prepare(address)
+        with pytest.raises(BackendError, match="certificates"):
+            sender.send("GET", address, {}, time.monotonic() + 1)
+    sender.close()
 
 
 def test_https_with_a_missing_authority(tmp_path):

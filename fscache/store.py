@@ -9,9 +9,11 @@ daemons that share data files do not ask each other.
 A lock on the open directory tells that its daemon lives; the lock moves with a copy of
 the descriptor and ends with its last one.
 
-Beside each such directory `<name>.mounts` lists the file systems that read through it, for
-the case that daemon and holder are killed both: whoever comes next then knows which of them
-are without a listener, and has served zeros for holes (spec ondemand 5.10).
+In each such directory `.mounts/list` has the file systems that read through it, for the case
+that daemon and holder are killed both: whoever comes next then knows which of them are without
+a listener, and has served zeros for holes (spec ondemand 5.10). It has a directory of its own,
+as the mark is for the files beside that; and it is below, as nydus-snapshotter takes every file
+of the work directory for a blob.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import json
 import logging
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from erofs.errors import NydusError
@@ -31,7 +34,9 @@ __all__ = ["Orphan", "ServeDirectory", "StoreError", "take_stale"]
 _log = logging.getLogger(__name__)
 
 _PREFIX = "serve-"
-_MOUNTS_SUFFIX = ".mounts"
+# No blob has an id with a dot in front; known to `holder.process`, too.
+_MOUNTS = ".mounts"
+_LIST = f"{_MOUNTS}/list"
 _ATTEMPTS = 100
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -68,6 +73,10 @@ def _lock(path: Path) -> int | None:
 
 
 def _empty(fd: int, path: Path) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(_LIST, dir_fd=fd)
+    with suppress(FileNotFoundError):
+        os.rmdir(_MOUNTS, dir_fd=fd)
     for name in os.listdir(fd):
         os.unlink(name, dir_fd=fd)
     path.rmdir()
@@ -145,7 +154,8 @@ class ServeDirectory:
         """Write down a file system that is about to be mounted from here."""
         line = {"boot": _boot_id(), "erofs": name, "mountpoint": str(mountpoint)}
         try:
-            with _mounts_file(self.directory).open("a") as file:
+            (self.directory / _MOUNTS).mkdir(mode=0o700, exist_ok=True)
+            with (self.directory / _LIST).open("a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise _store_error("cannot note a mount", error, self.directory) from error
@@ -165,17 +175,12 @@ class ServeDirectory:
         fd, self.fd = self.fd, -1
         try:
             _empty(fd, self.directory)
-            _mounts_file(self.directory).unlink(missing_ok=True)
         except OSError as error:
             raise _store_error(
                 "cannot remove the serve directory", error, self.directory
             ) from error
         finally:
             os.close(fd)
-
-
-def _mounts_file(directory: Path) -> Path:
-    return directory.with_name(directory.name + _MOUNTS_SUFFIX)
 
 
 def _boot_id() -> str:
@@ -202,7 +207,7 @@ def _living_mounts(directory: Path) -> dict[str, str]:
     """Return names and mount points of the file systems of a directory that still exist."""
     found: dict[str, str] = {}
     try:
-        lines = _mounts_file(directory).read_text().splitlines()
+        lines = (directory / _LIST).read_text().splitlines()
     except FileNotFoundError:
         return found
     boot = _boot_id()

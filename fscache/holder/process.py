@@ -94,13 +94,15 @@ class _Domain:
         os.close(self.journal)
         serve = self.message.get("serve")
         if remove and isinstance(serve, str):
-            # It holds nothing but hard links; what cannot be removed the next start removes.
+            # Beside its list of mounts (`fscache.store`) it holds nothing but hard links; what
+            # cannot be removed the next start removes.
+            with contextlib.suppress(OSError):
+                os.unlink(".mounts/list", dir_fd=self.lock)
+                os.rmdir(".mounts", dir_fd=self.lock)
             with contextlib.suppress(OSError):
                 for name in os.listdir(self.lock):
                     os.unlink(name, dir_fd=self.lock)
                 os.rmdir(serve)
-            with contextlib.suppress(OSError):
-                os.unlink(f"{serve}.mounts")
         os.close(self.lock)
 
 

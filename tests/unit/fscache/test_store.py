@@ -148,7 +148,7 @@ def test_directory_whose_mounts_live_is_an_orphan(tmp_path, data, monkeypatch):
     dead.link("abc", data)
     dead.note_mount("erofs-1", Path("/mnt/gone"))
     dead.note_mount("erofs-2", Path("/mnt/in use"))
-    with (tmp_path / f"{dead.directory.name}.mounts").open("a") as file:
+    with (dead.directory / ".mounts/list").open("a") as file:
         file.write('{"boot": "the last line of a kil')
     os.close(dead.fd)
     monkeypatch.setattr("fscache.store._is_alive", lambda name: name == "erofs-2")

@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 RUN_DIRECTORY = Path("/run/nydusd")
 # Below the 120 s after which the kernel complains of hung tasks.
 PATIENCE_SECONDS = 60.0
-_FIND_SECONDS = 5.0
+# One that ends on a starved machine takes its time to do so.
+_FIND_SECONDS = 30.0
 _HANDOVER_SECONDS = 2.0
 _PAUSE_SECONDS = 0.02
 _MAX_REVIVALS = 3

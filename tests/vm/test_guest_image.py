@@ -46,7 +46,7 @@ $b mount --move /dev /root/dev
 exec $b switch_root /root /sbin/init
 """
 READY = "guest image ready: "
-SECONDS = 180
+SECONDS = 250
 APPLETS = ("sh", "mount", "mkdir", "chmod", "cat")
 ARGUMENTS = "console=ttyS0 panic=-1 mitigations=off "
 
@@ -80,15 +80,14 @@ def boot(kernel, line, disk, until, *more):
     ]  # fmt: skip
     output, deadline = b"", time.monotonic() + SECONDS
     with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=-1) as process:
-        while until.encode() not in output and time.monotonic() < deadline:
+        # To the end of that line.
+        while b"\n" not in output.partition(until.encode())[2] and time.monotonic() < deadline:
             if not select.select([process.stdout], [], [], 1)[0]:
                 continue
             data = os.read(process.stdout.fileno(), 1 << 16)
             if not data:
                 break
             output += data
-        # The rest of the line.
-        time.sleep(0.5)
         process.kill()
         output += process.stdout.read()
     return output.decode(errors="replace")

@@ -262,6 +262,8 @@ def test_a_backend_that_fails_is_left_alone(rig, caplog):
 
 def test_the_bandwidth_is_kept_and_stop_does_not_wait_for_it(rig):
     run = rig.start(prefetch_all=True, bandwidth_limit=1)
+    while not rig.reader.reads:
+        time.sleep(0.005)
     run._thread.join(0.2)
     assert run._thread.is_alive()
     run.stop()

@@ -206,10 +206,10 @@ def test_a_stream_stands_still_for_a_reader(rig):
 
     def slow(offset, end):
         for number, piece in enumerate(pieces(offset, end)):
+            taken.append(number)
             if number == 3:
                 rig.fetcher.request(cached, rig.blobs[0].chunks[-1].uncompressed_offset, 1, answer)
                 waiting.set()
-            taken.append(number)
             yield piece
 
     def hang(offset, length):
@@ -237,6 +237,7 @@ def test_bandwidth_and_stop(rig):
     thread.join(0.2)
     assert thread.is_alive()
     run.stop()
+    thread.join(60)
     assert not thread.is_alive()
     assert not rig.cached[0].is_complete
 

@@ -1,7 +1,7 @@
 """Write behind whoever makes the bytes, in another thread.
 
 Each call of the C library gives the interpreter's lock up and waits for it again, so what is
-small is joined first.
+small is handed over together.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
-__all__ = ["WriteBehind"]
+__all__ = ["WriteBehind", "joined"]
 
 _JOB_BYTES = 1 << 20
 _JOB_PIECES = 512
@@ -20,21 +20,30 @@ _JOBS_AHEAD = 2
 _Data = bytes | bytearray | memoryview
 
 
+def joined(take: Callable[[_Data], None]) -> Callable[[list[_Data]], None]:
+    """Return a function for `WriteBehind` that takes the pieces as one."""
+
+    def take_all(pieces: list[_Data]) -> None:
+        take(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+
+    return take_all
+
+
 class WriteBehind:
-    """Hands pieces to a function in order, joined; all when the block ends without an error.
+    """Hands pieces to a function in order, many at once; all when the block ends without an error.
 
     A context manager. Whoever adds a piece must not change it any more.
 
     Args:
-        take: is only called by the thread; it must not wait for anybody, since nothing
-            interrupts it.
+        take_all: gets at most 512 pieces; only called by the thread. It must not wait for
+            anybody, since nothing interrupts it.
 
     Raises:
-        What `take` raises, from `write` or from the end of the block.
+        What `take_all` raises, from `write` or from the end of the block.
     """
 
-    def __init__(self, take: Callable[[_Data], None]) -> None:
-        self._take = take
+    def __init__(self, take_all: Callable[[list[_Data]], None]) -> None:
+        self._take_all = take_all
         self._thread = ThreadPoolExecutor(1, "behind")
         self._jobs: deque[Future[None]] = deque()
         self._pieces: list[_Data] = []
@@ -51,10 +60,7 @@ class WriteBehind:
         pieces, self._pieces, self._size = self._pieces, [], 0
         while len(self._jobs) >= _JOBS_AHEAD:
             self._jobs.popleft().result()
-        self._jobs.append(self._thread.submit(self._join, pieces))
-
-    def _join(self, pieces: list[_Data]) -> None:
-        self._take(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        self._jobs.append(self._thread.submit(self._take_all, pieces))
 
     def __enter__(self) -> Self:
         return self
@@ -67,7 +73,8 @@ class WriteBehind:
     ) -> None:
         try:
             if kind is None:
-                self._hand_over()
+                if self._pieces:
+                    self._hand_over()
                 while self._jobs:
                     self._jobs.popleft().result()
         finally:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from builder.behind import WriteBehind
+from builder.behind import WriteBehind, joined
 from builder.errors import BuildError
 from erofs import Chunk, blobmeta, codec, framing, rafs
 from erofs.blobmeta import CiFlags, CompressionInfoV2, CompressionTableHeader
@@ -215,7 +215,7 @@ class BlobWriter:
         Raises:
             BuildError: the output cannot be written; also from adding.
         """
-        with WriteBehind(self._append) as behind:
+        with WriteBehind(joined(self._append)) as behind:
             self._behind = behind
             try:
                 yield

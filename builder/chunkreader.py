@@ -8,32 +8,31 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Self
 
 from builder.blobfiles import BlobFiles, BlobProvider, open_blob
 from erofs import Chunk, CorruptStructure, IntegrityError, UnsupportedFeature, digest
 from erofs.blobcheck import read_compression_table
 from erofs.citable import CompressionTable
-from erofs.errors import NydusError, error_context
+from erofs.errors import error_context
 from erofs.rafs import MAX_CHUNK_SIZE, BlobEntry, BlobFeatures, ChunkFlags, Digester
 from erofs.stored import StoredData
 from erofs.view import ReadAt
 from fscache.backend.retry import RetryPolicy
 
-__all__ = ["BlobProvider", "ChunkReader", "ReadAhead", "read_chunk", "require_plain"]
+__all__ = ["BlobProvider", "ChunkReader", "read_chunk", "require_plain"]
 
-# What the thread that reads ahead takes at once, and how much may wait for its turn.
-SPAN_BYTES = 1 << 20
-AHEAD_BYTES = 16 << 20
+# Chunks that are read at once may be stored in so many bytes: their sizes are hostile.
+STORED_BYTES = 4 << 20
 _UNSUPPORTED = BlobFeatures.EXTERNAL
-_KNOWN_FLAGS = ChunkFlags.COMPRESSED | ChunkFlags.ENCRYPTED | ChunkFlags.HAS_CRC
-
-
-_Content = bytes | memoryview | NydusError
+# Operations of an enumeration take ten times as long as those of numbers.
+_COMPRESSED, _ENCRYPTED = int(ChunkFlags.COMPRESSED), int(ChunkFlags.ENCRYPTED)
+_KNOWN_FLAGS = _COMPRESSED | _ENCRYPTED | int(ChunkFlags.HAS_CRC)
+_TABLED = int(BlobFeatures.BATCH | BlobFeatures.ZRAN)
+# Not compressed at most, and not with a digest for each chunk.
+_NOT_SIMPLE = _TABLED | int(BlobFeatures.TARFS)
 
 
 def require_plain(blob: BlobEntry) -> None:
@@ -54,24 +53,30 @@ def read_chunk(reader: ReadAt, blob: BlobEntry, chunk: Chunk) -> bytes | memoryv
         IntegrityError: it is not what the bootstrap promises.
         NydusError: what `reader` raises.
     """
-    size, stored_size = chunk.uncompressed_size, chunk.compressed_size
     with error_context(blob=blob.id, chunk=chunk.chunk_index, offset=chunk.compressed_offset):
-        if chunk.flags & ~_KNOWN_FLAGS:
-            raise UnsupportedFeature("reading a chunk of this kind", got=f"flags {chunk.flags:#x}")
-        is_compressed = bool(chunk.flags & ChunkFlags.COMPRESSED)
-        is_encrypted = bool(chunk.flags & ChunkFlags.ENCRYPTED)
-        if not 0 < size <= blob.chunk_size or not 0 < stored_size <= MAX_CHUNK_SIZE:
-            raise CorruptStructure("chunk of an impossible size", got=f"{stored_size}/{size}")
-        if not is_compressed and not is_encrypted and stored_size != size:
-            raise CorruptStructure("stored size of a plain chunk", expected=size, got=stored_size)
-        stored = reader.read_at(chunk.compressed_offset, stored_size)
+        _check(blob, chunk)
+        stored = reader.read_at(chunk.compressed_offset, chunk.compressed_size)
         if blob.features & BlobFeatures.TARFS:
             return stored
         data = StoredData(blob).chunk(
-            stored, size, compressed=is_compressed, encrypted=is_encrypted
+            stored,
+            chunk.uncompressed_size,
+            compressed=bool(chunk.flags & _COMPRESSED),
+            encrypted=bool(chunk.flags & _ENCRYPTED),
         )
         _verify(blob, chunk, data)
     return data
+
+
+def _check(blob: BlobEntry, chunk: Chunk) -> None:
+    """Raise `NydusError` unless the bootstrap says of a chunk what can be."""
+    size, stored_size, flags = chunk.uncompressed_size, chunk.compressed_size, chunk.flags
+    if flags & ~_KNOWN_FLAGS:
+        raise UnsupportedFeature("reading a chunk of this kind", got=f"flags {flags:#x}")
+    if not 0 < size <= blob.chunk_size or not 0 < stored_size <= MAX_CHUNK_SIZE:
+        raise CorruptStructure("chunk of an impossible size", got=f"{stored_size}/{size}")
+    if not flags & (_COMPRESSED | _ENCRYPTED) and stored_size != size:
+        raise CorruptStructure("stored size of a plain chunk", expected=size, got=stored_size)
 
 
 def _verify(blob: BlobEntry, chunk: Chunk, data: bytes | memoryview) -> None:
@@ -145,16 +150,23 @@ class ChunkReader:
         self._ids = ids
         self._provider = provider
         self._bootstrap = bootstrap
-        self._readers: dict[int, ReadAt | _TabledBlob] = {}
+        self._readers: dict[int, ReadAt] = {}
+        self._tabled: dict[int, _TabledBlob] = {}
         self._policy = RetryPolicy()
         self._stop = threading.Event()
         # A file of zeros has one chunk many times over.
         self._last: tuple[Chunk, bytes | memoryview] | None = None
 
+    @property
+    def is_tabled(self) -> bool:
+        """Whether it keeps contexts of batches or gzip data: then only one thread may read."""
+        return any(blob.features & _TABLED for blob in self._blobs)
+
     def read(self, chunk: Chunk) -> bytes | memoryview:
         """Return the verified content of a chunk; raise as `read_chunk` does."""
-        if self._last is not None and self._last[0] is chunk:
-            return self._last[1]
+        last = self._last
+        if last is not None and last[0] is chunk:
+            return last[1]
         data = self._policy.run(lambda: self._read(chunk), self._stop)
         self._last = (chunk, data)
         return data
@@ -162,77 +174,86 @@ class ChunkReader:
     def _read(self, chunk: Chunk) -> bytes | memoryview:
         index = chunk.blob_index
         blob = self._blobs[index]
+        if not blob.features & _TABLED:
+            return read_chunk(self._reader(index), blob, chunk)
+        tabled = self._tabled.get(index)
+        if tabled is None:
+            tabled = self._tabled[index] = _TabledBlob(blob, self._open(index))
+        return tabled.read(chunk)
+
+    def _open(self, index: int) -> BlobFiles:
+        return open_blob(self._blobs[index], self._ids[index], self._provider, self._bootstrap)
+
+    def _reader(self, index: int) -> ReadAt:
+        """Return the reader of a blob, opened on first use; raise `NydusError`."""
         reader = self._readers.get(index)
         if reader is None:
-            files = open_blob(blob, self._ids[index], self._provider, self._bootstrap)
-            tabled = blob.features & (BlobFeatures.BATCH | BlobFeatures.ZRAN)
-            reader = _TabledBlob(blob, files) if tabled else files.data
-            self._readers[index] = reader
-        if isinstance(reader, _TabledBlob):
-            return reader.read(chunk)
-        return read_chunk(reader, blob, chunk)
+            reader = self._readers[index] = self._open(index).data
+        return reader
+
+    def read_all(self, chunks: Sequence[Chunk]) -> list[bytes | memoryview]:
+        """Return the verified contents of some chunks; neighbours are read and decoded at once.
+
+        Raises what `read` raises, which may not say of which chunk.
+        """
+        if sum(chunk.compressed_size for chunk in chunks) > STORED_BYTES:
+            return [self.read(chunk) for chunk in chunks]
+        contents = dict([self._last] if self._last else [])
+        together: dict[int, list[Chunk]] = {}
+        for chunk in dict.fromkeys(chunks):
+            if chunk in contents:
+                continue
+            if self._blobs[chunk.blob_index].features & _NOT_SIMPLE or chunk.flags & _ENCRYPTED:
+                contents[chunk] = self.read(chunk)
+            else:
+                together.setdefault(chunk.blob_index, []).append(chunk)
+        for index, simple in together.items():
+            contents.update(zip(simple, self._read_simple(index, simple), strict=True))
+        self._last = (chunks[-1], contents[chunks[-1]])
+        return [contents[chunk] for chunk in chunks]
+
+    def _read_simple(self, index: int, chunks: list[Chunk]) -> list[bytes | memoryview]:
+        blob = self._blobs[index]
+        stored = self._read_stored(index, chunks)
+        packed = [number for number, chunk in enumerate(chunks) if chunk.flags & _COMPRESSED]
+        contents: list[bytes | memoryview] = [*stored]
+        plain = StoredData(blob).chunks(
+            [stored[number] for number in packed],
+            [chunks[number].uncompressed_size for number in packed],
+        )
+        for number, content in zip(packed, plain, strict=True):
+            contents[number] = content
+        find = digest.function(Digester(blob.digester))
+        for chunk, content in zip(chunks, contents, strict=True):
+            if find(content) != chunk.digest:
+                raise IntegrityError("chunk has another digest", blob=blob.id)
+        return contents
+
+    def _read_stored(self, index: int, chunks: list[Chunk]) -> list[memoryview]:
+        """Return chunks as they are stored, those behind one another by one request."""
+        blob, reader = self._blobs[index], self._reader(index)
+        stored = []
+        for run in _neighbours(chunks):
+            for chunk in run:
+                _check(blob, chunk)
+            start, last = run[0].compressed_offset, run[-1]
+            length = last.compressed_offset + last.compressed_size - start
+            data = memoryview(self._policy.run(partial(reader.read_at, start, length), self._stop))
+            for chunk in run:
+                offset = chunk.compressed_offset - start
+                stored.append(data[offset : offset + chunk.compressed_size])
+        return stored
 
 
-class ReadAhead:
-    """Reads chunks in the order in which they will be asked for, by a thread of its own.
-
-    Use as a context manager. What fails is raised when that chunk's turn has come.
-
-    Args:
-        reader: nobody else uses it meanwhile.
-        chunks: all that will be asked for, in order.
-    """
-
-    def __init__(self, reader: ChunkReader, chunks: Iterable[Chunk]) -> None:
-        self._reader = reader
-        self._chunks = iter(chunks)
-        self._pool = ThreadPoolExecutor(1, "read-ahead")
-        self._spans: deque[tuple[int, Future[list[_Content]]]] = deque()
-        self._in_flight = 0
-        self._current: Iterator[_Content] = iter(())
-
-    def _submit(self) -> None:
-        """Ask for spans of chunks, as many as may be in memory."""
-        while self._in_flight < AHEAD_BYTES:
-            span: list[Chunk] = []
-            size = 0
-            for chunk in self._chunks:
-                span.append(chunk)
-                size += chunk.uncompressed_size
-                if size >= SPAN_BYTES:
-                    break
-            if not span:
-                return
-            self._spans.append((size, self._pool.submit(self._read, span)))
-            self._in_flight += size
-
-    def _read(self, chunks: Sequence[Chunk]) -> list[_Content]:
-        found: list[_Content] = []
-        for chunk in chunks:
-            try:
-                found.append(self._reader.read(chunk))
-            except NydusError as error:
-                # What was read before it is good.
-                found.append(error)
-                break
-        return found
-
-    def read(self) -> bytes | memoryview:
-        """Return the verified content of the next chunk; raise as `ChunkReader.read` does."""
-        content = next(self._current, None)
-        if content is None:
-            self._submit()
-            size, job = self._spans.popleft()
-            self._current = iter(job.result())
-            self._in_flight -= size
-            self._submit()
-            content = next(self._current)
-        if isinstance(content, NydusError):
-            raise content
-        return content
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+def _neighbours(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
+    """Yield chunks that are stored one behind the other together."""
+    run: list[Chunk] = []
+    end = 0
+    for chunk in chunks:
+        if run and chunk.compressed_offset != end:
+            yield run
+            run = []
+        run.append(chunk)
+        end = chunk.compressed_offset + chunk.compressed_size
+    if run:
+        yield run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -54,6 +55,19 @@ class OutputFile:
         """Append bytes; raise `BuildError`."""
         try:
             self._file.write(data)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def write_all(self, pieces: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Append pieces, at most 1024, without copying them; raise `BuildError`."""
+        try:
+            self._file.flush()
+            rest = os.writev(self._file.fileno(), pieces)
+            for piece in pieces:
+                # Less than all on a disk that is nearly full: the reason comes with the next try.
+                if rest < len(piece):
+                    self._file.write(memoryview(piece)[rest:])
+                rest = max(rest - len(piece), 0)
         except OSError as error:
             raise self._failed(error) from error
 

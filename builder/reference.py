@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 
-from builder.behind import WriteBehind
+from builder.behind import WriteBehind, joined
 from builder.blob import BlobFormat, BlobWriter, CacheSink, Data, Place, Sink, Stored, pack_v1
 from builder.chunker import Chunker, ChunkerStats, ContentReader, Deduplication, Piece
 from builder.errors import BuildError
@@ -255,7 +255,7 @@ def load_layer(
     """
     name = source_name(source)
     state, zran = sha256(), None
-    with open_source(source) as raw, WriteBehind(state.update) as behind:
+    with open_source(source) as raw, WriteBehind(joined(state.update)) as behind:
         head = raw.peek(_MAGIC_BYTES)[:_MAGIC_BYTES]
         if is_zstd(head):
             raise BuildError("zstd cannot be read from the middle: convert it with targz-rafs")

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from builder.behind import WriteBehind
+from builder.behind import WriteBehind, joined
 from builder.errors import BuildError
 from builder.source.measuring import MeasuredStream
 from builder.source.opening import open_tar, source_name
@@ -90,7 +90,7 @@ def index_tar(
         BuildError: the tar is broken, compressed, or larger than readers take.
     """
     state = sha256()
-    with open_tar(source, unpack=False) as stream, WriteBehind(state.update) as behind:
+    with open_tar(source, unpack=False) as stream, WriteBehind(joined(state.update)) as behind:
         measured = MeasuredStream(stream, behind.write if blob_id is None else None)
         pieces = _Pieces(measured, chunk_size)
         root = load_tar(measured, source_name(source), pieces, options, in_place=True)

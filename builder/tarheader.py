@@ -33,11 +33,13 @@ __all__ = [
     "TarHeader",
     "TarMember",
     "build_member",
+    "byte_sum",
     "parse_header",
     "parse_sparse_extension",
 ]
 
 BLOCK_SIZE = 512
+_HALF_BLOCK = BLOCK_SIZE // 2
 
 TYPE_LONG_LINK = ord("K")
 TYPE_LONG_NAME = ord("L")
@@ -74,7 +76,6 @@ _REFUSED = {
 # name, mode with owner, size, mtime, checksum, type, link, magic, device major, minor, prefix
 _HEADER = struct.Struct("100s24s12s12s8sB100s6s2x64x8s8s155s12x")
 _MODE_AND_OWNER = struct.Struct("8s8s8s")
-_HALF_BLOCK = BLOCK_SIZE // 2
 _SIGNED_BLOCK = struct.Struct("512b")
 # Behind GNU's time fields: four extents, "more follow", size of the whole file.
 _SPARSE_FIELDS = struct.Struct("386x96sB12s17x")
@@ -203,12 +204,18 @@ def _extents(area: bytes) -> list[Extent]:
     return found
 
 
+def byte_sum(block: bytes | bytearray) -> int:
+    """Return the sum of the bytes of a header block.
+
+    Adler-32 has it plus one, which of half a block is below its modulus.
+    """
+    return (adler32(block[:_HALF_BLOCK]) & 0xFFFF) + (adler32(block[_HALF_BLOCK:]) & 0xFFFF) - 2
+
+
 def _verify_checksum(block: bytes, field: bytes) -> None:
     """Raise `TarError` unless the block has its checksum, whose own field counts as spaces."""
     blank = 8 * ord(" ")
-    # Adler-32 has the sum of the bytes plus one, which of half a block is below its modulus.
-    total = (adler32(block[:_HALF_BLOCK]) & 0xFFFF) + (adler32(block[_HALF_BLOCK:]) & 0xFFFF) - 2
-    computed = total - sum(field) + blank
+    computed = byte_sum(block) - sum(field) + blank
     if field == b"%06o\0 " % computed:
         return
     stored = _number(field, "checksum", _MAX_U32)

@@ -6,28 +6,26 @@ readers which know nothing else, as the real builder for times, see it.
 
 from __future__ import annotations
 
-import base64
 import stat
 import struct
-import tarfile
-from urllib.parse import quote_from_bytes
 
+from builder.tarheader import BLOCK_SIZE, byte_sum
 from erofs import CorruptStructure, Node
 from erofs.layout import decode_device_number
 
 __all__ = ["BLOCK_SIZE", "END_OF_ARCHIVE", "fits_tar", "pack_member"]
 
-BLOCK_SIZE = tarfile.BLOCKSIZE
 END_OF_ARCHIVE = bytes(2 * BLOCK_SIZE)
 
 _TYPES = {
-    stat.S_IFREG: tarfile.REGTYPE,
-    stat.S_IFDIR: tarfile.DIRTYPE,
-    stat.S_IFLNK: tarfile.SYMTYPE,
-    stat.S_IFCHR: tarfile.CHRTYPE,
-    stat.S_IFBLK: tarfile.BLKTYPE,
-    stat.S_IFIFO: tarfile.FIFOTYPE,
+    stat.S_IFREG: b"0",
+    stat.S_IFDIR: b"5",
+    stat.S_IFLNK: b"2",
+    stat.S_IFCHR: b"3",
+    stat.S_IFBLK: b"4",
+    stat.S_IFIFO: b"6",
 }
+_LINK_TYPE = b"1"
 _PLAIN_TYPES = frozenset({stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK})
 # name, mode with owner, size with time, checksum, type, link, magic
 _HEADER = struct.Struct("100s24s24s8sc100s8s")
@@ -61,13 +59,16 @@ def pack_member(path: bytes, node: Node, link: bytes | None = None) -> bytes:
     plain = _plain_header(path, node, kind, node.target if link is None else link, link is None)
     if plain is not None:
         return plain
+    # Imported here: nearly all members are plain.
+    import tarfile
+
     info = tarfile.TarInfo(_text(path) or ".")
     info.mode = stat.S_IMODE(node.mode)
     info.uid, info.gid = node.uid, node.gid
     info.mtime = node.mtime
     records = {"mtime": _decimal_time(node)} if node.mtime_nsec else {}
     if link is not None:
-        info.type = tarfile.LNKTYPE
+        info.type = _LINK_TYPE
         info.linkname = _text(link)
     else:
         info.type = _TYPES[kind]
@@ -105,9 +106,9 @@ def _plain_header(path: bytes, node: Node, kind: int, link: bytes, is_first: boo
     _HEADER.pack_into(
         block, 0, name, b"%07o\0%07o\0%07o\0" % (node.mode & 0o7777, node.uid, node.gid),
         b"%011o\0%011o\0" % (node.size if is_file else 0, node.mtime), b" " * 8,
-        _TYPES[kind] if is_first else tarfile.LNKTYPE, link, b"ustar\x0000",
+        _TYPES[kind] if is_first else _LINK_TYPE, link, b"ustar\x0000",
     )  # fmt: skip
-    block[_CHECKSUM] = b"%06o\0 " % sum(block)
+    block[_CHECKSUM] = b"%06o\0 " % byte_sum(block)
     return bytes(block)
 
 
@@ -125,6 +126,10 @@ def _xattr_record(name: bytes, value: bytes) -> tuple[str, str]:
     """Return keyword and value; names that PAX cannot hold take libarchive's encoded form."""
     if name.isascii() and b"=" not in name:
         return "SCHILY.xattr." + name.decode("ascii"), _text(value)
+    # Imported here: no name is known that takes this way.
+    import base64
+    from urllib.parse import quote_from_bytes
+
     encoded = base64.b64encode(value).rstrip(b"=")
     return "LIBARCHIVE.xattr." + quote_from_bytes(name), encoded.decode("ascii")
 
@@ -134,5 +139,5 @@ def _with_device_fields(header: bytes) -> bytes:
     block = bytearray(header[-BLOCK_SIZE:])
     block[_DEVICE_FIELDS] = b"0000000\0" * 2
     block[_CHECKSUM] = b" " * 8
-    block[_CHECKSUM] = b"%06o\0 " % sum(block)
+    block[_CHECKSUM] = b"%06o\0 " % byte_sum(block)
     return header[:-BLOCK_SIZE] + bytes(block)

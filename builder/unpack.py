@@ -11,10 +11,11 @@ from typing import BinaryIO, Protocol
 
 from builder.behind import WriteBehind
 from builder.bootstrap import blob_ids, load_tree, open_any_bootstrap
-from builder.chunkreader import BlobProvider, ChunkReader, ReadAhead
+from builder.chunkreader import BlobProvider, ChunkReader
 from builder.errors import BuildError
 from builder.listing import log_features, readable
 from builder.output import OutputFile
+from builder.readahead import ReadAhead
 from builder.tarmember import BLOCK_SIZE, END_OF_ARCHIVE, fits_tar, pack_member
 from erofs import Chunk, Node
 from erofs.errors import error_context
@@ -137,7 +138,7 @@ def unpack(
         raise BuildError("is a directory, a file is wanted", path=output)
     with OutputFile(output, TAR_MODE) as file:
         if file.is_file:
-            with WriteBehind(file.write) as behind:
+            with WriteBehind(file.write_all) as behind:
                 result = _write(root, behind, chunks, progress)
         else:
             result = _write(root, file, chunks, progress)

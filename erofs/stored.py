@@ -6,6 +6,7 @@ it is the right one its digest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from erofs import codec
@@ -50,6 +51,10 @@ class StoredData:
         if len(stored) != size:
             raise CodecError("stored chunk of the wrong length", expected=size, got=len(stored))
         return stored
+
+    def chunks(self, stored: Sequence[memoryview], sizes: Sequence[int]) -> list[codec.Data]:
+        """Return the contents of compressed chunks in one go; `CodecError` says not of which."""
+        return codec.decompress_all(self._compressor, stored, sizes)
 
     def batch(self, context: BatchContext, stored: bytes | memoryview) -> bytes | memoryview:
         """Return the buffer with all chunks of a batch; raise `CodecError`."""

@@ -1,10 +1,11 @@
 import pytest
 
-from builder import chunkreader
-from builder.chunkreader import ChunkReader, ReadAhead, read_chunk, require_plain
+from builder import readahead
+from builder.chunkreader import ChunkReader, read_chunk, require_plain
+from builder.readahead import ReadAhead
 from erofs import Chunk, CodecError, CorruptStructure, IntegrityError, OutOfBounds
-from erofs.errors import UnsupportedFeature
-from erofs.rafs import BlobFeatures, ChunkFlags, Compressor
+from erofs.errors import NydusError, UnsupportedFeature
+from erofs.rafs import MAX_CHUNK_SIZE, BlobFeatures, ChunkFlags, Compressor
 from erofs.view import View
 from fscache.backend import Unavailable
 from tests.fakes.blob_image import Blob
@@ -125,8 +126,8 @@ def test_temporary_failures_are_repeated():
 
 
 def test_reading_ahead_gives_everything_in_order(monkeypatch):
-    monkeypatch.setattr(chunkreader, "SPAN_BYTES", 8192)
-    monkeypatch.setattr(chunkreader, "AHEAD_BYTES", 16384)
+    monkeypatch.setattr(readahead, "SPAN_BYTES", 8192)
+    monkeypatch.setattr(readahead, "AHEAD_BYTES", 16384)
     blob = Blob([4096] * 9)
     provider = Provider(blob.stored)
     reader = ChunkReader([blob.entry], ["id"], provider)
@@ -150,3 +151,67 @@ def test_reading_ahead_fails_when_it_is_the_turn_of_what_is_damaged():
         ahead.read()
         with pytest.raises((CodecError, IntegrityError)):
             ahead.read()
+
+
+@pytest.mark.parametrize("compressor", list(set(Compressor) - {Compressor.GZIP}))
+def test_neighbours_are_read_by_one_request(compressor):
+    blob = Blob([4096, 5000, 1, 700, 4096], compressor=compressor)
+    provider = Provider(blob.stored)
+    reader = ChunkReader([blob.entry], ["id"], provider)
+    chunks = [chunk_of(blob, number) for number in range(5)]
+    order = [chunks[number] for number in (0, 1, 1, 2, 4)]
+    found = reader.read_all(order)
+    assert provider.reads == 2
+    assert found == [read_chunk(View(blob.stored), blob.entry, chunk) for chunk in order]
+
+
+@pytest.mark.parametrize("kind", [BlobFeatures.TARFS, ChunkFlags.ENCRYPTED])
+def test_what_is_not_simple_is_read_by_itself(kind):
+    blob = Blob([4096, 4096], compressor=Compressor.NONE)
+    if isinstance(kind, BlobFeatures):
+        entry = blob.entry._replace(features=kind)
+        reader = ChunkReader([entry], ["id"], Provider(blob.stored))
+        # Without digests.
+        chunks = [chunk_of(blob, number, digest=bytes(32)) for number in range(2)]
+        assert b"".join(reader.read_all(chunks)) == blob.plain
+        return
+    reader = ChunkReader([blob.entry], ["id"], Provider(blob.stored))
+    with pytest.raises(CodecError, match="not encrypted"):
+        reader.read_all([chunk_of(blob, 0), chunk_of(blob, 1, flags=int(kind))])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"digest": bytes(32)},
+        {"uncompressed_size": 4095},
+        {"uncompressed_size": 4097},
+        {"uncompressed_size": 0xFFFFFFFF},
+        {"compressed_size": 0},
+        {"flags": 0},
+        {"flags": int(ChunkFlags.BATCH)},
+        {"compressed_offset": 1 << 40},
+    ],
+)
+def test_hostile_chunks_among_others(changes):
+    blob = Blob([4096] * 3)
+    chunks = [chunk_of(blob, 0), chunk_of(blob, 1, **changes), chunk_of(blob, 2)]
+    reader = ChunkReader([blob.entry], ["id"], Provider(blob.stored))
+    with pytest.raises(NydusError):
+        reader.read_all(chunks)
+
+
+def test_hostile_sizes_do_not_add_up():
+    blob = Blob([4096] * 2)
+    sizes = []
+
+    class Counting(Provider):
+        def read_at(self, offset, length):
+            sizes.append(length)
+            return super().read_at(offset, length)
+
+    reader = ChunkReader([blob.entry], ["id"], Counting(blob.stored))
+    claims = [chunk_of(blob, 0, compressed_size=MAX_CHUNK_SIZE) for _ in range(100)]
+    with pytest.raises(OutOfBounds):
+        reader.read_all(claims)
+    assert max(sizes) <= MAX_CHUNK_SIZE

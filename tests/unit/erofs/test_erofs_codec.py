@@ -119,3 +119,24 @@ def test_a_library_is_loaded_ahead(algorithm):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     names = {Compressor.ZSTD: b"['zstandard']", Compressor.LZ4_BLOCK: b"['lz4.block']"}
     assert done.stdout.strip() == names.get(algorithm, b"[]")
+
+
+@pytest.mark.parametrize("algorithm", [Compressor.ZSTD, Compressor.LZ4_BLOCK, Compressor.NONE])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_many_pieces_decompress_as_each_of_them(algorithm, count, monkeypatch):
+    plain = [bytes([number]) * (1000 + number) for number in range(count)]
+    stored = [memoryview(codec.compress(algorithm, each) or each) for each in plain]
+    sizes = [len(each) for each in plain]
+    assert codec.decompress_all(algorithm, stored, sizes) == plain
+    monkeypatch.setattr(codec, "_zstd_decompress_all", lambda pieces, sizes: None)
+    assert codec.decompress_all(algorithm, stored, sizes) == plain
+
+
+@pytest.mark.parametrize("algorithm", [Compressor.ZSTD, Compressor.LZ4_BLOCK])
+@pytest.mark.parametrize("wrong", [999, 1001])
+def test_one_wrong_size_or_broken_frame_of_many_is_refused(algorithm, wrong):
+    stored = [codec.compress(algorithm, bytes(1000))] * 3
+    with pytest.raises(CodecError):
+        codec.decompress_all(algorithm, stored, [1000, wrong, 1000])
+    with pytest.raises(CodecError):
+        codec.decompress_all(algorithm, [stored[0], b"broken", stored[0]], [1000] * 3)

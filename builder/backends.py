@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from builder.errors import BuildError
 from fscache.backend import Backend, LocalFsConfig, open_backend
 from fscache.backend.base import BlobReader, check_blob_id
-from fscache.backend.config import ConfigTable, backend_config
 from fscache.backend.settings import BackendConfig
 
 __all__ = [
@@ -62,6 +60,11 @@ def configured_backend(kind: str, text: str | bytes) -> Backend:
         ConfigError: a type that is not there yet, a missing or wrong key.
         BackendError: an address that is none.
     """
+    # Imported here: what is in a directory needs no configuration.
+    import json
+
+    from fscache.backend.config import ConfigTable, backend_config
+
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -77,6 +80,7 @@ def daemon_backend(path: Path) -> BackendConfig:
         ConfigError: the file cannot be read, or is no configuration.
     """
     # Imported here: decoding whole configurations is what nearly nobody asks for.
+    from fscache.backend.config import ConfigTable
     from fscache.backend.table import ConfigError
     from fscache.decode import decode_text, version1, version2
 

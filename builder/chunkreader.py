@@ -14,7 +14,6 @@ from pathlib import Path
 
 from builder.blobfiles import BlobFiles, BlobProvider, open_blob
 from erofs import Chunk, CorruptStructure, IntegrityError, UnsupportedFeature, digest
-from erofs.blobcheck import read_compression_table
 from erofs.citable import CompressionTable
 from erofs.errors import error_context
 from erofs.rafs import MAX_CHUNK_SIZE, BlobEntry, BlobFeatures, ChunkFlags, Digester
@@ -102,6 +101,9 @@ class _TabledBlob:
         """Return the verified content of a chunk; raise `NydusError`."""
         with error_context(blob=self._entry.id, chunk=chunk.chunk_index):
             if self._table is None:
+                # Imported here: few blobs have tables that are needed.
+                from erofs.blobcheck import read_compression_table
+
                 self._table = read_compression_table(self._files.tables, self._entry)
                 self._offsets = [entry.uncompressed_offset for entry in self._table.entries]
             # Not by index: that of a generated dictionary is its own (spec 4.12).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,11 @@ from types import TracebackType
 from typing import Self
 
 from builder.errors import BuildError
+from builder.writeback import begin_writeback
 
 __all__ = ["OutputDisk", "OutputFile", "write_file"]
+
+WRITEBACK_BYTES = 8 << 20
 
 
 class OutputFile:
@@ -45,6 +47,7 @@ class OutputFile:
         except OSError as error:
             raise BuildError(f"cannot be written ({error.strerror})", path=target) from error
         self._file = os.fdopen(descriptor, "wb", buffering=1 << 20)
+        self._begun = 0
 
     @property
     def is_file(self) -> bool:
@@ -59,7 +62,10 @@ class OutputFile:
             raise self._failed(error) from error
 
     def write_all(self, pieces: Sequence[bytes | bytearray | memoryview]) -> None:
-        """Append pieces, at most 1024, without copying them; raise `BuildError`."""
+        """Append pieces, at most 1024, without copying them; raise `BuildError`.
+
+        Not for FIFOs: the disk gets its share from time to time.
+        """
         try:
             self._file.flush()
             rest = os.writev(self._file.fileno(), pieces)
@@ -68,6 +74,10 @@ class OutputFile:
                 if rest < len(piece):
                     self._file.write(memoryview(piece)[rest:])
                 rest = max(rest - len(piece), 0)
+            position = self._file.tell()
+            if position - self._begun >= WRITEBACK_BYTES:
+                begin_writeback(self._file.fileno(), self._begun, position - self._begun)
+                self._begun = position
         except OSError as error:
             raise self._failed(error) from error
 
@@ -156,7 +166,7 @@ class OutputDisk(OutputFile):
 
 
 def _temporary(target: Path, is_directory: bool) -> Path:
-    token = secrets.token_hex(8)
+    token = os.urandom(8).hex()
     if is_directory:
         return target / f".nydus-image-{token}"
     return target.parent / f".{target.name[:200]}.{token}"

@@ -13,7 +13,6 @@ from typing import NamedTuple, Protocol
 
 from builder.blobfiles import BlobFiles
 from erofs import CorruptStructure, IntegrityError, UnsupportedFeature, digest
-from erofs.blobcheck import read_compression_table
 from erofs.blobmeta import parse_digests
 from erofs.errors import error_context
 from erofs.framing import SECTION_DIGEST, read_toc, read_toc_section
@@ -87,6 +86,9 @@ class _NativeSpace:
     """
 
     def __init__(self, entry: BlobEntry, files: BlobFiles, infos: Iterable[ChunkInfo]) -> None:
+        # Imported here: a tar has no such table.
+        from erofs.blobcheck import read_compression_table
+
         self._entry = entry
         self._reader = files.data
         self._data = StoredData(entry)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from builder.blobfiles import BlobProvider, open_blob
 from builder.blobspace import BlobSpace, Piece, open_space
 from builder.bootstrap import blob_ids, open_any_bootstrap
-from builder.hashtree import add_hash_tree
+from builder.hashtree import add_hash_tree, hash_workers
 from builder.listing import log_features
 from builder.output import OutputDisk
 from builder.sharing import share_out
@@ -144,19 +145,25 @@ def export_block(
             raise UnsupportedFeature("a disk of RAFS v5")
         extents, ids = blob_extents(image), blob_ids(image, bootstrap)
         size = disk_size(image)
-        with OutputDisk(output, DISK_MODE) as disk:
+        with OutputDisk(output, DISK_MODE) as disk, ExitStack() as stack:
             disk.resize(size)
+            form, workers = None, None
+            if options.verity is not None:
+                form = options.verity.format(image.block_size)
+                # They start while the data is copied, which does not take all cores.
+                workers = stack.enter_context(hash_workers(disk, size, form))
             for offset in range(0, image.view.length, _COPY_BYTES):
                 # A copy: an error must not hold on to the mapping.
                 disk.write_at(offset, bytes(image.view.data[offset : offset + _COPY_BYTES]))
             copier = _Copier(disk, extents, options.progress)
             share_out(copier.pieces(image, ids, blobs, bootstrap), [copier.copy] * options.threads)
             tree = None
-            if options.verity is not None:
-                form = options.verity.format(image.block_size)
+            if form is not None:
                 # The data reaches the disk while it is digested.
                 with ThreadPoolExecutor(1, "sync") as thread:
                     synced = thread.submit(disk.sync)
-                    tree = add_hash_tree(disk, size, form, progress=options.progress)
+                    tree = add_hash_tree(
+                        disk, size, form, started=workers, progress=options.progress
+                    )
                     synced.result()
             return ExportResult(disk.commit(), size, image.block_size, ids, tree)

@@ -11,8 +11,8 @@ import os
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import IO, NamedTuple, Self, cast
 
@@ -24,7 +24,7 @@ from erofs.blockhash import block_digests
 from erofs.verity import DIGEST_SIZE, HashTree, TreeFormat, VeritySuperblock, tree_levels
 from erofs.view import align_up
 
-__all__ = ["add_hash_tree"]
+__all__ = ["add_hash_tree", "hash_workers"]
 
 # What a worker is asked for at once: much beside the asking, little beside a core's share.
 SPAN_BYTES = 2 << 20
@@ -132,7 +132,7 @@ class _Digester:
     """Digests levels of one disk, with workers where there is enough to do."""
 
     def __init__(
-        self, disk: OutputDisk, salt: bytes, workers: list[_Worker], progress: _Progress
+        self, disk: OutputDisk, salt: bytes, workers: Sequence[_Worker], progress: _Progress
     ) -> None:
         self._disk = disk
         self._salt = salt
@@ -217,12 +217,32 @@ def _worker_count(size: int, limit: int | None) -> int:
     return count if count > 1 and sys.executable else 0
 
 
+@contextmanager
+def hash_workers(
+    disk: OutputDisk, data_size: int, form: TreeFormat, limit: int | None = None
+) -> Iterator[Sequence[_Worker]]:
+    """Start the processes that digest a disk, if it is worth it; they end with the block.
+
+    Args:
+        disk: need not have its data yet.
+        data_size: bytes that are to be digested.
+        limit: how many at most, None for one on each core.
+
+    Raises:
+        BuildError: one cannot be started.
+    """
+    with ExitStack() as stack:
+        count = _worker_count(data_size, limit)
+        yield [stack.enter_context(_Worker(disk.descriptor, form.salt)) for _ in range(count)]
+
+
 def add_hash_tree(
     disk: OutputDisk,
     data_size: int,
     form: TreeFormat,
     *,
     workers: int | None = None,
+    started: Sequence[_Worker] | None = None,
     progress: _Progress = None,
 ) -> HashTree:
     """Append the hash tree of the first `data_size` bytes of a disk, and return where it is.
@@ -234,6 +254,7 @@ def add_hash_tree(
         disk: holds the data; what is behind it is replaced.
         data_size: bytes, whole data blocks, at least one.
         workers: processes, None for one on each core.
+        started: what `hash_workers` gave for this disk and format; then `workers` is ignored.
         progress: called with the number of bytes that were digested, by several threads.
 
     Raises:
@@ -255,8 +276,9 @@ def add_hash_tree(
     zeros = block_digests(bytes(form.data_block_size), form.data_block_size, form.salt)
     level = _Level(0, form.data_block_size, data_blocks, holes, zeros)
     with ExitStack() as stack:
-        count = _worker_count(data_size - _size_of(holes, form), workers)
-        started = [stack.enter_context(_Worker(disk.descriptor, form.salt)) for _ in range(count)]
+        if started is None:
+            dense = data_size - _size_of(holes, form)
+            started = stack.enter_context(hash_workers(disk, dense, form, workers))
         digester = _Digester(disk, form.salt, started, progress)
         for place in tree_levels(data_blocks, form.hash_block_size):
             target = tree.tree_offset + place.offset

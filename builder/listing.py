@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import stat
-import unicodedata
 from collections.abc import Iterator, Sequence
 from enum import Flag
 from typing import NamedTuple
@@ -61,6 +60,9 @@ def _escaped(character: str) -> str:
         return _ESCAPES[character]
     if "\udc80" <= character <= "\udcff":
         return f"\\x{ord(character) - 0xDC00:02X}"
+    # Imported here: what only logs names nothing.
+    import unicodedata
+
     if not character.isprintable() or unicodedata.category(character) in _COMBINING:
         return f"\\u{{{ord(character):x}}}"
     return character

@@ -27,8 +27,10 @@ def block_digests(
 ) -> bytes:
     """Return the digests of `salt` and each block, in order; the last block may be shorter."""
     if not salt and not len(data) % block_size:
-        blocks = struct.Struct(f"{block_size}s").iter_unpack(data)
-        return b"".join([hashlib.sha256(block).digest() for (block,) in blocks])
+        sha256 = hashlib.sha256
+        # All at once: a tuple for each of half a million blocks takes a tenth of the time.
+        blocks = struct.unpack(f"{block_size}s" * (len(data) // block_size), data)
+        return b"".join([sha256(block).digest() for block in blocks])
     start = hashlib.sha256(salt).copy
     view = memoryview(data)
     digests = []

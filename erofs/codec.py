@@ -2,7 +2,8 @@
 
 The bytes have to equal those of the real builder (spec 4.3): zstd frames of libzstd
 1.5.4 to 1.5.6 at level 3, and `LZ4_compress_default`, which `lz4.block.compress` does
-not call and which is therefore called in that package's own extension by cffi.
+not call and which is therefore called in that package's own extension; by ctypes, since cffi
+takes 25 ms to read the two declarations.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def _zstd_compress(data: bytes | memoryview) -> bytes:
     return result
 
 
-def _zstd_compress_all(pieces: Sequence[bytes | bytearray]) -> Sequence[memoryview] | None:
+def _zstd_compress_all(
+    pieces: Sequence[bytes | bytearray | memoryview],
+) -> Sequence[memoryview] | None:
     """Compress many pieces to frames of their own; None when the library cannot do that."""
     compressor = _zstd("compressor", lambda zstd: zstd.ZstdCompressor(level=ZSTD_LEVEL))
     # Only the package's extension in C has it.
@@ -96,26 +99,37 @@ def _zstd_decompress_all(pieces: Sequence[Data], sizes: Sequence[int]) -> list[D
 
 @cache
 def _lz4_library() -> tuple[Any, Any]:
+    """Return ctypes and the library inside of the package's extension."""
     try:
-        import cffi
+        import ctypes
+
         import lz4.block._block as extension
     except ImportError as error:
-        raise _missing("lz4 or cffi", error) from error
-    ffi = cffi.FFI()
-    ffi.cdef(
-        "int LZ4_compress_default(const char *, char *, int, int); int LZ4_compressBound(int);"
-    )
-    return ffi, ffi.dlopen(extension.__file__)
+        raise _missing("lz4", error) from error
+    return ctypes, ctypes.CDLL(extension.__file__)
 
 
-def _lz4_compress(data: bytes | memoryview) -> bytes:
-    ffi, library = _lz4_library()
-    bound = library.LZ4_compressBound(len(data))
-    target = ffi.new("char[]", bound)
-    length = library.LZ4_compress_default(ffi.from_buffer(data), target, len(data), bound)
+def _lz4_target(size: int) -> bytearray:
+    """Return this thread's buffer for output, large enough: new memory would take page faults."""
+    found: bytearray | None = getattr(_local, "lz4_target", None)
+    if found is None or len(found) < size:
+        found = _local.lz4_target = bytearray(size)
+    return found
+
+
+def _lz4_compress(data: bytes | bytearray | memoryview) -> bytes:
+    ctypes, library = _lz4_library()
+    size = len(data)
+    bound = library.LZ4_compressBound(size)
+    target = _lz4_target(bound)
+    # Of what is read-only, ctypes takes bytes alone.
+    source = memoryview(data)
+    start = bytes(source) if source.readonly else ctypes.byref(ctypes.c_char.from_buffer(source))
+    place = ctypes.byref(ctypes.c_char.from_buffer(target))
+    length = library.LZ4_compress_default(start, place, size, bound)
     if length <= 0:
         raise CodecError("LZ4 compression failed", got=length)
-    return bytes(ffi.buffer(target, length))
+    return bytes(memoryview(target)[:length])
 
 
 def _lz4_decompress(data: bytes | memoryview, size: int) -> bytes:
@@ -172,7 +186,9 @@ def compress(algorithm: Compressor, data: bytes | memoryview) -> bytes | None:
     return result if len(result) < len(data) else None
 
 
-def compress_all(algorithm: Compressor, pieces: Sequence[bytes | bytearray]) -> list[Data | None]:
+def compress_all(
+    algorithm: Compressor, pieces: Sequence[bytes | bytearray | memoryview]
+) -> list[Data | None]:
     """Return for each piece what `compress` returns, in one go.
 
     A library that takes many at once gives up the interpreter's lock only once for them.

@@ -7,7 +7,7 @@ small is handed over together.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
@@ -16,7 +16,7 @@ __all__ = ["WriteBehind", "joined"]
 
 _JOB_BYTES = 1 << 20
 _JOB_PIECES = 512
-_JOBS_AHEAD = 2
+_JOBS_AHEAD = 4
 _Data = bytes | bytearray | memoryview
 
 
@@ -56,11 +56,30 @@ class WriteBehind:
         if self._size >= _JOB_BYTES or len(self._pieces) >= _JOB_PIECES:
             self._hand_over()
 
+    def write_all(self, pieces: Sequence[_Data], release: Callable[[], None]) -> None:
+        """Add pieces that are not joined; wait when the thread has enough to do.
+
+        The thread calls `release` when it has done with them, also after an error.
+        """
+        self._hand_over()
+        self._submit(lambda: self._take_each(pieces, release))
+
+    def _take_each(self, pieces: Sequence[_Data], release: Callable[[], None]) -> None:
+        try:
+            for piece in pieces:
+                self._take_all([piece])
+        finally:
+            release()
+
     def _hand_over(self) -> None:
-        pieces, self._pieces, self._size = self._pieces, [], 0
+        if self._pieces:
+            pieces, self._pieces, self._size = self._pieces, [], 0
+            self._submit(lambda: self._take_all(pieces))
+
+    def _submit(self, job: Callable[[], None]) -> None:
         while len(self._jobs) >= _JOBS_AHEAD:
             self._jobs.popleft().result()
-        self._jobs.append(self._thread.submit(self._take_all, pieces))
+        self._jobs.append(self._thread.submit(job))
 
     def __enter__(self) -> Self:
         return self
@@ -73,8 +92,7 @@ class WriteBehind:
     ) -> None:
         try:
             if kind is None:
-                if self._pieces:
-                    self._hand_over()
+                self._hand_over()
                 while self._jobs:
                     self._jobs.popleft().result()
         finally:

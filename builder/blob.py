@@ -7,7 +7,7 @@ rafs-v6 4.1 to 4.9.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -121,7 +121,7 @@ class BlobFormat:
             stored = self.cipher.encrypt(stored)
         return Stored(stored, compressed is not None)
 
-    def encode_all(self, pieces: Sequence[bytes | bytearray]) -> list[Stored]:
+    def encode_all(self, pieces: Sequence[Data]) -> list[Stored]:
         """Do as `encode` does with each of many pieces."""
         if self.cipher is not None:
             return [self.encode(piece) for piece in pieces]
@@ -170,18 +170,52 @@ class BlobWriter:
 
         Args:
             chunk: has digest, CRC and uncompressed size already.
-            data: its content, and `stored` what `BlobFormat.encode` made of it.
+            data: its content, which only a cache needs, and `stored` what `BlobFormat.encode`
+                made of it.
+
+        Raises:
+            BuildError: the blob is full.
+        """
+        self.place_chunk(chunk, len(stored.data), stored.is_compressed, data)
+        self._put(stored.data)
+
+    def place_chunk(
+        self, chunk: Chunk, stored_size: int, is_compressed: bool, data: Data = b""
+    ) -> None:
+        """Fill in the place of the next chunk, whose stored bytes are to follow.
+
+        Args:
+            chunk: has digest, CRC and uncompressed size already.
+            stored_size: in bytes, and `is_compressed` tells whether that is not the content.
+            data: the content, for a cache.
 
         Raises:
             BuildError: the blob is full.
         """
         self._place(chunk, data)
         chunk.compressed_offset = self.position
-        chunk.compressed_size = len(stored.data)
-        if stored.is_compressed:
+        chunk.compressed_size = stored_size
+        if is_compressed:
             chunk.flags |= _COMPRESSED
-        self._write_stored(stored.data)
+        self._advance(stored_size)
         self._table += self._pack_v2(chunk) if self._is_v2 else pack_v1(chunk)
+
+    def write_placed(self, parts: Sequence[Data], release: Callable[[], None]) -> None:
+        """Append the stored bytes of chunks that `place_chunk` was told of.
+
+        Args:
+            parts: all of them, in order, in pieces that are large where that is possible.
+            release: is called when they are not needed any more.
+
+        Raises:
+            BuildError: the output cannot be written.
+        """
+        if self._behind is not None:
+            self._behind.write_all(parts, release)
+            return
+        for part in parts:
+            self._append(part)
+        release()
 
     def _place(self, chunk: Chunk, data: Data) -> None:
         """Give a chunk its number and its place in the uncompressed space."""
@@ -192,19 +226,21 @@ class BlobWriter:
         chunk.flags = self._own_flags | (_HAS_CRC if chunk.crc32c else 0)
         self._digests += chunk.digest
         self.chunk_count += 1
-        self.uncompressed_size += align_up(len(data), blobmeta.CI_ALIGNMENT)
-        self.content_size += len(data)
+        self.uncompressed_size += align_up(chunk.uncompressed_size, blobmeta.CI_ALIGNMENT)
+        self.content_size += chunk.uncompressed_size
         if self._cache is not None:
             self._cache.write_chunk(data)
 
-    def _write_stored(self, data: Data) -> None:
-        if self.position + len(data) > blobmeta.MAX_COMPRESSED_OFFSET:
+    def _advance(self, size: int) -> None:
+        if self.position + size > blobmeta.MAX_COMPRESSED_OFFSET:
             raise BuildError("too much data for one blob", expected="at most 1 TiB")
+        self.position += size
+
+    def _put(self, data: Data) -> None:
         if self._behind is None:
-            self._write(data)
+            self._append(data)
         else:
             self._behind.write(data)
-            self.position += len(data)
 
     @contextmanager
     def in_background(self) -> Iterator[None]:
@@ -271,7 +307,8 @@ class BlobWriter:
             ).pack()
             start += size
         self._contexts.append(BatchContext(len(stored.data), len(data)))
-        self._write_stored(stored.data)
+        self._advance(len(stored.data))
+        self._put(stored.data)
 
     def _end_section(self, name: bytes, size: int) -> None:
         if self._framed:

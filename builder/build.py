@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from builder.blob import BlobFormat, BlobWriter, Data
 from builder.blobtable import BlobTable
@@ -17,10 +19,12 @@ from builder.chunker import Chunker, Deduplication
 from builder.consistency import Profile
 from builder.errors import BuildError
 from builder.external import ExternalTree, split_external
+from builder.forked import can_fork
 from builder.options import BlobSink, BuildOptions, BuildResult, SourceType, check_options
 from builder.output import OutputFile, write_file
 from builder.parent import ParentImage, load_parent
 from builder.prefetch import PrefetchPolicy, files_below, parse_patterns, pattern_nodes
+from builder.rangechunker import RangeChunker
 from builder.reference import (
     ReferenceChunker,
     ReferenceWriter,
@@ -28,7 +32,7 @@ from builder.reference import (
     refer_to_members,
 )
 from builder.source.directory import ScannedDirectory
-from builder.source.opening import open_tar, source_name
+from builder.source.opening import open_seekable_tar, open_tar, source_name
 from builder.source.tar import load_tar
 from builder.tarfs import index_tar
 from erofs import BootstrapSpec, Node
@@ -134,12 +138,32 @@ class _Builder:
         with (
             self.result.timed("build_tree"),
             writer.in_background() if is_file else nullcontext(),
-            Chunker(writer, form, self.dedup, options.progress, options.workers) as chunker,
+            self._seekable(source, outputs) as tar,
+            RangeChunker(writer, form, self.dedup, options.progress, options.workers, tar.fileno())
+            if tar is not None
+            else Chunker(writer, form, self.dedup, options.progress, options.workers) as chunker,
         ):
-            root = self._load(source, chunker)
+            root = self._load(source, chunker) if tar is None else self._walk(tar, source, chunker)
             chunker.finish()
         self.result.stats = chunker.stats
         return root, writer
+
+    def _seekable(
+        self, source: Path | BinaryIO, outputs: _Outputs
+    ) -> AbstractContextManager[io.BufferedReader[Any] | None]:
+        """Open a tar whose content other processes may read; raise `BuildError`."""
+        # A cache takes the content itself.
+        if self.options.source_type is SourceType.TAR and outputs.cache is None and can_fork():
+            return open_seekable_tar(source)
+        return nullcontext()
+
+    def _walk(self, tar: io.BufferedReader[Any], source: Path | BinaryIO, chunker: Chunker) -> Node:
+        """Read a tar that lies in a file, but not its content; raise `BuildError`."""
+        length = os.fstat(tar.fileno()).st_size
+        return load_tar(
+            tar, source_name(source), chunker, self.options.source,
+            seek=lambda count: tar.seek(count, os.SEEK_CUR), length=length,
+        )  # fmt: skip
 
     def refer(self, source: Path | BinaryIO, outputs: _Outputs) -> tuple[Node, BlobWriter]:
         """Make tables for the content of the source, which stays there; raise `BuildError`."""

@@ -8,18 +8,19 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
-from builder.blob import BlobFormat, BlobWriter, Place, Stored
+from builder.blob import BlobFormat, BlobWriter, Data, Place, Stored
 from builder.blobtable import BlobTable
 from builder.chunkdict import ChunkDictionary
+from builder.forked import Worked
 from builder.packer import Packer
 from erofs import Chunk, Node, digest
 
-__all__ = ["Chunker", "ContentReader", "Deduplication", "Piece", "Worked"]
+__all__ = ["Chunker", "ContentReader", "Deduplication", "Piece", "Span"]
 
 # A hop to another thread costs about 25 µs, so workers get this much of small pieces at once.
 SPAN_BYTES = 1 << 20
@@ -41,25 +42,28 @@ class Piece(NamedTuple):
     """
 
     node: Node
-    data: bytes | bytearray
+    data: Data
     is_small: bool = False
     place: Place | None = None
 
 
-class Worked(NamedTuple):
-    """What a worker has found out of a piece; `stored` is None where that is not needed yet."""
+class Span(NamedTuple):
+    """Chunks that are worked on together: the file and the size of each, and of all."""
 
-    digest: bytes
-    crc32c: int
-    stored: Stored | None
-
-
-class _Span(NamedTuple):
-    """Pieces that are worked on together."""
-
-    pieces: Sequence[Piece]
+    nodes: Sequence[Node]
+    sizes: Sequence[int]
     size: int
-    job: Future[list[Worked]]
+    job: Job
+
+
+class Job(Protocol):
+    """What is being found out; a `Future` is one."""
+
+    def done(self) -> bool:
+        """Tell whether it need not be waited for."""
+
+    def result(self) -> list[Worked]:
+        """Wait for it."""
 
 
 @dataclass(slots=True)
@@ -126,9 +130,10 @@ class Chunker:
         self._progress = progress
         self._pieces: list[Piece] = []
         self._size = 0
-        self._queue: deque[_Span] = deque()
+        self._queue: deque[Span] = deque()
         self._in_flight = 0
         self._pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, "chunker")
+        self._blob = blob
         self._packer = Packer(blob, form, self._pool)
         self.stats = ChunkerStats()
 
@@ -155,8 +160,13 @@ class Chunker:
     def _submit(self) -> None:
         pieces, size = self._pieces, self._size
         self._pieces, self._size = [], 0
-        self._queue.append(_Span(pieces, size, self._pool.submit(self._work, pieces)))
-        self._in_flight += size
+        nodes, sizes = [piece.node for piece in pieces], [len(piece.data) for piece in pieces]
+        self._enqueue(Span(nodes, sizes, size, self._pool.submit(self._work, pieces)))
+
+    def _enqueue(self, span: Span) -> None:
+        """Add work that has begun, and consume what is done of that before it."""
+        self._queue.append(span)
+        self._in_flight += span.size
         while self._queue and (self._in_flight > IN_FLIGHT_BYTES or self._queue[0].job.done()):
             self._consume()
 
@@ -172,10 +182,10 @@ class Chunker:
                 first.add(key)
                 fresh.append(number)
         found = self._store([pieces[number] for number in fresh])
-        result = [Worked(name, 0, None) for name, _ in keys]
+        result = [Worked(name, 0, b"", None) for name, _ in keys]
         for number, stored in zip(fresh, found, strict=True):
-            crc = digest.crc32c(pieces[number].data)
-            result[number] = Worked(keys[number][0], crc, stored)
+            data = pieces[number].data
+            result[number] = Worked(keys[number][0], digest.crc32c(data), data, stored)
         return result
 
     def _store(self, pieces: Sequence[Piece]) -> list[Stored | None]:
@@ -185,31 +195,34 @@ class Chunker:
         return [None if piece.is_small else next(found) for piece in pieces]
 
     def _consume(self) -> None:
-        pieces, size, job = self._queue.popleft()
+        span = self._queue.popleft()
+        self._settle(span)
+        self._in_flight -= span.size
+        self.stats.chunks += len(span.nodes)
+        self.stats.content_bytes += span.size
+        if self._progress is not None:
+            self._progress(span.size)
+
+    def _settle(self, span: Span) -> None:
+        """Give files their chunks, and what is new to the blob."""
         found, known, add_chunk = self._dedup.find, self._dedup.known, self._new_chunk
         stats = self.stats
-        for piece, worked in zip(pieces, job.result(), strict=True):
-            length = len(piece.data)
+        for node, length, worked in zip(span.nodes, span.sizes, span.job.result(), strict=True):
             key = (worked.digest, length)
             chunk = found(key)
             if chunk is None:
-                chunk = known[key] = add_chunk(piece.data, worked)
+                chunk = known[key] = add_chunk(length, worked)
             else:
                 stats.duplicate_chunks += 1
                 stats.duplicate_bytes += length
-            piece.node.chunks.append(chunk)
-        self._in_flight -= size
-        stats.chunks += len(pieces)
-        stats.content_bytes += size
-        if self._progress is not None:
-            self._progress(size)
+            node.chunks.append(chunk)
 
-    def _new_chunk(self, data: bytes | bytearray, worked: Worked) -> Chunk:
-        chunk = self._dedup.new_chunk(worked.digest, len(data), worked.crc32c)
+    def _new_chunk(self, size: int, worked: Worked) -> Chunk:
+        chunk = self._dedup.new_chunk(worked.digest, size, worked.crc32c)
         if worked.stored is None:
-            self._packer.add_small(chunk, data)
+            self._packer.add_small(chunk, worked.data)
         else:
-            self._packer.add(chunk, data, worked.stored)
+            self._packer.add(chunk, worked.data, worked.stored)
         return chunk
 
     def finish(self) -> None:

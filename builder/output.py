@@ -15,6 +15,8 @@ from builder.writeback import begin_writeback
 __all__ = ["OutputDisk", "OutputFile", "write_file"]
 
 WRITEBACK_BYTES = 8 << 20
+# Pieces that are larger are written as they are, without a copy.
+_BUFFER_BYTES = 64 << 10
 
 
 class OutputFile:
@@ -46,7 +48,7 @@ class OutputFile:
                 descriptor = os.open(target, os.O_WRONLY | os.O_CLOEXEC)
         except OSError as error:
             raise BuildError(f"cannot be written ({error.strerror})", path=target) from error
-        self._file = os.fdopen(descriptor, "wb", buffering=1 << 20)
+        self._file = os.fdopen(descriptor, "wb", buffering=_BUFFER_BYTES)
         self._begun = 0
 
     @property

@@ -6,7 +6,7 @@ All reading of the stream happens here; what the bytes mean is decided in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from builder.errors import TarError
@@ -68,13 +68,22 @@ class TarStream:
     Args:
         stream: source of bytes, best with a large buffer; not closed.
         name: what to call the source in errors.
+        seek: skips bytes of a stream that has `length` of them in all; without it they are read.
 
     Raises:
         TarError: from iteration and reading, with source, entry and byte offset.
     """
 
-    def __init__(self, stream: ByteStream, name: str) -> None:
+    def __init__(
+        self,
+        stream: ByteStream,
+        name: str,
+        seek: Callable[[int], object] | None = None,
+        length: int = 0,
+    ) -> None:
         self._stream = stream
+        self._seek = seek
+        self._length = length
         self._name = name
         self._position = 0
         self._header_offset = 0
@@ -128,6 +137,22 @@ class TarStream:
         else:
             self._expand(buffer[:length], self._extents)
         return length
+
+    def take_range(self) -> int | None:
+        """Leave out the content of the current member, and return where in the stream it begins.
+
+        None, and nothing left out, where that has to be read: of sparse members, and where the
+        stream cannot seek.
+
+        Raises:
+            TarError: the stream ends inside the member.
+        """
+        if self._seek is None or self._extents is not None:
+            return None
+        start = self._position
+        self._skip(self._remaining, "content")
+        self._remaining = 0
+        return start
 
     @property
     def _left(self) -> int:
@@ -306,6 +331,13 @@ class TarStream:
         return b"".join(parts)
 
     def _skip(self, count: int, what: str) -> None:
+        if self._seek is not None:
+            if self._position + count > self._length:
+                self._position = self._length
+                raise self._truncated(what)
+            self._seek(count)
+            self._position += count
+            return
         while count:
             count -= len(self._exactly(min(count, _SKIP_SIZE), what))
 

@@ -15,9 +15,10 @@ from builder.source.unpacking import GzipStream, ZstdStream, is_gzip, is_zstd
 from builder.tarstream import ByteStream
 from erofs.errors import error_context
 
-__all__ = ["drain", "open_source", "open_tar", "source_name"]
+__all__ = ["drain", "open_seekable_tar", "open_source", "open_tar", "source_name"]
 
 _BUFFER_BYTES = 1 << 20
+_HEADERS_BYTES = 8 << 10
 _MAGIC_BYTES = 4
 
 
@@ -27,7 +28,9 @@ def source_name(source: Path | BinaryIO) -> str:
 
 
 @contextmanager
-def open_source(source: Path | BinaryIO) -> Iterator[io.BufferedReader[Any]]:
+def open_source(
+    source: Path | BinaryIO, buffer_bytes: int = _BUFFER_BYTES
+) -> Iterator[io.BufferedReader[Any]]:
     """Open a source for reading forward, as it is; errors of the block name it.
 
     Raises:
@@ -42,7 +45,7 @@ def open_source(source: Path | BinaryIO) -> Iterator[io.BufferedReader[Any]]:
                 if stat.S_ISDIR(mode) or stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
                     raise BuildError("must be a regular file, FIFO or character device")
                 raw = stack.enter_context(raw.open("rb", buffering=0))
-            buffered = io.BufferedReader(cast(io.RawIOBase, raw), _BUFFER_BYTES)
+            buffered = io.BufferedReader(cast(io.RawIOBase, raw), buffer_bytes)
             if not isinstance(source, Path):
                 # What was handed in stays open when the wrapper goes.
                 stack.callback(buffered.detach)
@@ -80,6 +83,23 @@ def open_tar(source: Path | BinaryIO, *, unpack: bool = True) -> Iterator[io.Buf
         yield stream
         if packed is not None or not is_file:
             drain(stream)
+
+
+@contextmanager
+def open_seekable_tar(source: Path | BinaryIO) -> Iterator[io.BufferedReader[Any] | None]:
+    """Open a tar that lies in a file as it is; None for others, which `open_tar` opens.
+
+    Its buffer is small, since it is for headers alone.
+
+    Raises:
+        BuildError: it cannot be read.
+    """
+    if not isinstance(source, Path) or not source.is_file():
+        yield None
+        return
+    with open_source(source, _HEADERS_BYTES) as stream:
+        head = stream.peek(_MAGIC_BYTES)[:_MAGIC_BYTES]
+        yield None if is_gzip(head) or is_zstd(head) else stream
 
 
 def drain(stream: ByteStream) -> None:

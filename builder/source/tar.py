@@ -8,7 +8,7 @@ they link to, and FIFOs need no device numbers.
 from __future__ import annotations
 
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from builder.errors import BuildError
@@ -315,6 +315,8 @@ def load_tar(
     options: SourceOptions,
     *,
     in_place: bool = False,
+    seek: Callable[[int], object] | None = None,
+    length: int = 0,
 ) -> Node:
     """Read a whole tar from front to back.
 
@@ -326,12 +328,13 @@ def load_tar(
         sink: takes the content of files.
         options: what to take from it.
         in_place: as for `TreeLoader`.
+        seek, length: as for `TarStream`.
 
     Raises:
         BuildError: names source, entry and offset.
     """
     loader = TreeLoader(name, options, in_place=in_place)
-    members = TarStream(stream, name)
+    members = TarStream(stream, name, seek, length)
     for member in members:
         file = loader.add(member)
         if file is not None:

@@ -65,13 +65,13 @@ class Runtime:
         for known in list(self._domains.values()):
             known.require_unmarked(bootstrap)
         image = ServedImage(config, bootstrap, mountpoint)
-        if transport is not Transport.EAGER:
-            image.prepare()
         try:
             domain = self._domain(config.work_dir, transport)
         except NydusError:
             image.close()
             raise
+        if domain.serves:
+            image.prepare()
         try:
             image.mount(domain, self._fetcher, options, self._keep)
         except BaseException:

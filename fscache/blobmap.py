@@ -302,6 +302,28 @@ class BlobMap:
         if positions:
             yield positions[first:]
 
+    def batches(self, run: Sequence[int], max_bytes: int, max_count: int) -> Iterator[range]:
+        """Cut a run into small chunks that can be unpacked and written in one go.
+
+        They lie side by side in the data file, with at most `max_bytes` together and so many of
+        them; any other chunk is alone, as is the first, which somebody may wait for.
+        """
+        start, end = run[0], run[0] + 1
+        for position in run[1:]:
+            if (
+                start == run[0]
+                or self.places is not None
+                or self.is_encrypted
+                or position != end
+                or position - start >= max_count
+                or self.uncompressed_offsets[position] != self.page_end(position - 1)
+                or self.page_end(position) - self.uncompressed_offsets[start] > max_bytes
+            ):
+                yield range(start, end)
+                start = position
+            end = position + 1
+        yield range(start, end)
+
     def is_together(self, last: int, position: int) -> bool:
         """Return whether two chunks are parts of one context."""
         return self.context(last) != NO_CONTEXT and self.context(last) == self.context(position)

@@ -71,6 +71,21 @@ class Unpacker:
         start = table.places.context_offsets[position]
         return self._buffer[start : start + size]
 
+    def unpack_all(
+        self, batch: range, stored: Sequence[memoryview]
+    ) -> Sequence[bytes | memoryview]:
+        """Return a batch of chunks, not yet verified; raise `CodecError`."""
+        table = self.table
+        packed = [number for number, at in enumerate(batch) if table.compressed[at]]
+        found: list[bytes | memoryview] = list(stored)
+        unpacked = table.data.chunks(
+            [stored[number] for number in packed],
+            [table.uncompressed_sizes[batch[number]] for number in packed],
+        )
+        for number, data in zip(packed, unpacked, strict=True):
+            found[number] = data
+        return found
+
 
 def _check_digest(table: BlobMap, position: int, data: bytes | memoryview) -> None:
     if not table.has_digests:
@@ -315,6 +330,25 @@ class CachedBlob:
                     self._distrust(table)
                 raise
             self.cache.write(table.uncompressed_offsets[position], data)
+
+    def store_all(self, batch: range, stored: Sequence[memoryview], unpacker: Unpacker) -> None:
+        """Do what `store` does for a batch, all of it or nothing.
+
+        Args:
+            batch: of `BlobMap.batches`.
+            stored: what has to be read for each of its chunks.
+            unpacker: of the run.
+
+        Raises `CodecError`, `IntegrityError`, `CacheError`; `store` tells which chunk is bad.
+        """
+        self._require_trust()
+        table = unpacker.table
+        contents = unpacker.unpack_all(batch, stored)
+        for position, data in zip(batch, contents, strict=True):
+            if len(data) != table.uncompressed_sizes[position]:
+                raise CodecError("stored chunk of the wrong length", chunk=position)
+            _check_digest(table, position, data)
+        self.cache.write(table.uncompressed_offsets[batch[0]], *contents)
 
     def read_ready(self, offset: int, length: int) -> bytes:
         """Return bytes of chunks that are ready, from the data file; raise `CacheError`."""

@@ -11,13 +11,13 @@ import hashlib
 import logging
 import os
 import stat
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from erofs.errors import NydusError
 from erofs.layout import BLOCK_SIZE
-from erofs.view import align_up
 from fscache.backend.base import check_blob_id
 
 __all__ = ["DATA_SUFFIX", "CacheError", "CacheFile", "publish", "read_whole", "replace"]
@@ -183,31 +183,39 @@ class CacheFile:
         if (status.st_dev, status.st_ino) != self.inode:
             raise CacheError("cache file was replaced", path=self.path)
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Write whole pages at `offset`, a multiple of 4096; a partial last page gets zeros.
+    def write(self, offset: int, *pieces: bytes | memoryview) -> None:
+        """Write whole pages from `offset` on, a multiple of 4096.
+
+        Args:
+            offset: of the first piece.
+            pieces: one behind the other, each from a page's beginning; a partial last page gets
+                zeros.
 
         Raises `CacheError`, with the reason in `errno` (no space, read-only, I/O).
         """
-        length = len(data)
-        total = align_up(length, BLOCK_SIZE)
+        parts: deque[bytes | memoryview] = deque()
+        for piece in pieces:
+            parts.append(piece)
+            if padding := -len(piece) % BLOCK_SIZE:
+                parts.append(_ZEROS[:padding])
+        total = sum(map(len, parts))
         if offset < 0 or offset % BLOCK_SIZE or offset + total > self.size:
             raise CacheError("write outside of the cache file", path=self.path, offset=offset)
         self.check()
-        view = memoryview(data)
-        padding = memoryview(_ZEROS)[: total - length]
-        done = 0
-        while done < total:
+        while parts:
             try:
-                count = os.pwritev(
-                    self._fd, (view[done:], padding[max(0, done - length) :]), offset + done
-                )
+                count = os.pwritev(self._fd, parts, offset)
             except OSError as error:
                 raise CacheError.of(
                     "cannot write to the cache", error, path=self.path, offset=offset
                 ) from error
             if count == 0:
                 raise CacheError("cannot write to the cache", path=self.path, offset=offset)
-            done += count
+            offset += count
+            while parts and count >= len(parts[0]):
+                count -= len(parts.popleft())
+            if count:
+                parts[0] = memoryview(parts[0])[count:]
 
     def read(self, offset: int, length: int) -> bytes:
         """Return exactly `length` bytes at `offset`; raise `CacheError`."""

@@ -233,13 +233,16 @@ class ChunkMap:
                     waiters.append(waiter)
         return mine, waiting
 
-    def complete(self, position: int) -> list[Waiter]:
-        """Mark a claimed chunk, whose data is written, as ready; return who waits for it."""
+    def complete(self, *positions: int) -> list[Waiter]:
+        """Mark claimed chunks, whose data is written, as ready; return who waits for them."""
+        waiters: list[Waiter] = []
         with self._lock:
-            self._ready[position] = 1
-            self._ready_count += 1
-            self._unsynced.append(position)
-            return self._pending.pop(position)
+            for position in positions:
+                self._ready[position] = 1
+                waiters += self._pending.pop(position)
+            self._ready_count += len(positions)
+            self._unsynced += positions
+        return waiters
 
     def fail(self, position: int) -> list[Waiter]:
         """Give up the claim on a chunk, which stays missing; return who waits for it."""

@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 # Gives the stored bytes of a run of chunks of a map.
 Read = Callable[[BlobMap, Sequence[int]], bytes | memoryview]
 
+# Small chunks are unpacked and written together: each call of a library or the kernel gives up
+# the interpreter's lock, and to get it back takes longer than a page.
+_BATCH_BYTES = 256 << 10
+_BATCH_CHUNKS = 64
 _YIELD_SECONDS = 0.01
 # Runs in the background that go on while somebody waits for a chunk: on a slow link nearly always
 # somebody does, and so few slow nobody down there.
@@ -389,15 +393,31 @@ class Fetcher:
         try:
             unpacker = Unpacker(table)
             begin, _ = table.stored_range(run)
-            for position in run:
-                if todo[0] != position:
-                    # It has failed with the rest of its context.
+            for batch in table.batches(run, _BATCH_BYTES, _BATCH_CHUNKS):
+                pieces = []
+                for position in batch:
+                    start = table.compressed_offsets[position] - begin
+                    pieces.append(stored[start : start + table.compressed_sizes[position]])
+                if len(batch) > 1 and self._store_all(blob, batch, pieces, unpacker):
+                    self._settle(blob, todo, len(batch))
                     continue
-                start = table.compressed_offsets[position] - begin
-                piece = stored[start : start + table.compressed_sizes[position]]
-                self._store(blob, todo, piece, unpacker)
+                for position, piece in zip(batch, pieces, strict=True):
+                    # Otherwise it has failed with the rest of its context.
+                    if todo and todo[0] == position:
+                        self._store(blob, todo, piece, unpacker)
         finally:
             blob.metrics.buffer(-len(stored))
+
+    def _store_all(
+        self, blob: CachedBlob, batch: range, pieces: Sequence[memoryview], unpacker: Unpacker
+    ) -> bool:
+        """Store small chunks in one go; False when they have to be looked at one by one."""
+        try:
+            blob.store_all(batch, pieces, unpacker)
+        except NydusError as error:
+            logger.debug("%s; storing single chunks", error)
+            return False
+        return True
 
     def _store(
         self, blob: CachedBlob, todo: deque[int], stored: memoryview, unpacker: Unpacker
@@ -414,12 +434,17 @@ class Fetcher:
                 todo.popleft()
             self._fail(blob, failed, error)
             return
-        todo.popleft()
-        blob.metrics.chunk_fetched()
-        for waiter in blob.chunks.complete(position):
+        self._settle(blob, todo, 1)
+
+    def _settle(self, blob: CachedBlob, todo: deque[int], count: int) -> None:
+        """Mark the first chunks of `todo`, which are written, and take them off."""
+        positions = [todo.popleft() for _ in range(count)]
+        blob.metrics.chunk_fetched(count)
+        for waiter in blob.chunks.complete(*positions):
             waiter.chunk_done(None)
         for listener in blob.listeners:
-            listener(position)
+            for position in positions:
+                listener(position)
 
     def _fail(self, blob: CachedBlob, positions: Sequence[int], error: NydusError) -> None:
         logger.error("%s (%d chunks failed)", error, len(positions))

@@ -178,11 +178,11 @@ class CacheMetrics:
             elif missing < wanted:
                 self._partial_hits += 1
 
-    def chunk_fetched(self) -> None:
-        """Count a chunk that became ready."""
+    def chunk_fetched(self, count: int = 1) -> None:
+        """Count chunks that became ready."""
         with self._lock:
-            self.chunks_fetched += 1
-            self._entries += 1
+            self.chunks_fetched += count
+            self._entries += count
 
     def digest_failure(self) -> None:
         """Count a chunk with the wrong content."""

@@ -301,3 +301,24 @@ def test_images_with_different_keys_for_one_blob(blob):
     with pytest.raises(CorruptStructure, match="the blob's key") as caught:
         first.with_chunks(entries[1], rows)
     assert bytes(range(8)).hex() not in str(caught.value)
+
+
+def test_small_chunks_side_by_side_are_batches():
+    table = BlobMap((blob := Blob([100, 5000, 4096, 1, CHUNK_SIZE, 7, 8, 9])).entry, blob.chunks)
+
+    def batches(run, size=32 << 10, count=64):
+        return [(batch.start, batch.stop) for batch in table.batches(run, size, count)]
+
+    # The first is alone, as is a large one.
+    assert batches(range(8)) == [(0, 1), (1, 4), (4, 5), (5, 8)]
+    assert batches(range(8), count=2) == [(0, 1), (1, 3), (3, 4), (4, 5), (5, 7), (7, 8)]
+    assert batches(range(8), size=12 << 10) == [(0, 1), (1, 3), (3, 4), (4, 5), (5, 8)]
+    assert batches(range(1)) == [(0, 1)]
+    holes = BlobMap(blob.entry, [chunk for chunk in blob.chunks if chunk.chunk_index != 2])
+    assert [len(batch) for batch in holes.batches([0, 1, 3, 5], 32 << 10, 64)] == [1, 1, 1, 1]
+
+
+def test_chunks_of_contexts_are_no_batches(batched, places):
+    table = BlobMap(batched.entry, batched.chunks).with_places(places)
+    run = range(table.chunk_count)
+    assert [len(batch) for batch in table.batches(run, 1 << 20, 64)] == [1] * len(run)

@@ -171,6 +171,22 @@ def test_corrupted_chunk_harms_no_other_and_heals(rig):
     assert rig.data() == rig.blob.plain
 
 
+@pytest.mark.parametrize("compressor", [Compressor.ZSTD, Compressor.LZ4_BLOCK, Compressor.NONE])
+def test_a_bad_one_of_many_small_chunks_harms_no_other(tmp_path, compressor):
+    rig = Rig(tmp_path, Blob([3000 + number for number in range(200)], compressor=compressor))
+    good = rig.blob.plain
+    rig.reader.stored[rig.blob.chunks[77].compressed_offset + 30] ^= 0xFF
+    error = rig.request(0, len(good)).wait()
+    assert isinstance(error, IntegrityError | CodecError)
+    assert error.where["chunk"] == 77
+    for position in {*range(200)} - {77}:
+        rig.ensure(*rig.chunk(position))
+    start, end = 77 * 4096, 78 * 4096
+    assert rig.data() == good[:start] + bytes(4096) + good[end:]
+    assert (rig.metrics.digest_failures, rig.metrics.chunks_fetched) == (1, 199)
+    rig.fetcher.close(5)
+
+
 def test_wrong_digest_of_an_uncompressed_chunk(tmp_path):
     rig = Rig(tmp_path, Blob(SIZES, compressor=Compressor.NONE))
     rig.reader.stored[5] ^= 1

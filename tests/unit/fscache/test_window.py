@@ -42,10 +42,10 @@ def make_ready(chunks, positions):
 
 
 @pytest.mark.parametrize(
-    ("latency", "size"), [(0, 64 << 10), (0.002, 128 << 10), (0.02, 1 << 20), (9, 1 << 20)]
+    ("latency", "size"), [(0, 1 << 20), (0.004, 5 << 18), (0.02, 9 << 18), (9, 4 << 20)]
 )
 def test_the_slower_the_answers_the_more(table, chunks, latency, size):
-    found = make(latency=latency).around(table, chunks, one(10))
+    found = make(limit=4 << 20, latency=latency).around(table, chunks, one(10))
     assert found.start == 10
     assert len(found) == pytest.approx(size // SIZE, rel=0.05)
 
@@ -75,12 +75,13 @@ def test_gaps_in_the_blob_end_it(chunks):
 
 
 def test_the_backend_is_measured(table, chunks):
-    window = make(latency=0.02)
+    window = make(limit=4 << 20, latency=0.02)
+    slow = len(window.around(table, chunks, one(0)))
     window.answered(0.001, 0)
-    assert len(window.around(table, chunks, one(0))) == (64 << 10) // SIZE
+    assert 128 < len(window.around(table, chunks, one(0))) < 140 < slow
     for _ in range(50):
         window.answered(0.02, 0)
-    assert len(window.around(table, chunks, one(0))) > 100
+    assert len(window.around(table, chunks, one(0))) == slow
 
 
 def test_a_narrow_link_is_not_a_slow_backend(table, chunks):
@@ -91,14 +92,15 @@ def test_a_narrow_link_is_not_a_slow_backend(table, chunks):
         # 10 MB/s, and 5 ms until the answer begins.
         window.answered(0.005 + 0.0016, 16 << 10)
         window.answered(0.005 + 0.1, 1 << 20)
-    assert len(window.around(table, chunks, one(0))) == (64 << 10) // SIZE < before
+    # The time of the request itself: 16 ms.
+    assert len(window.around(table, chunks, one(0))) < 230_000 // SIZE < before
 
 
 def test_long_requests_alone_tell_nothing(table, chunks):
     window = make()
     for _ in range(50):
         window.answered(0.5, 1 << 20)
-    assert len(window.around(table, chunks, one(0))) == (64 << 10) // SIZE
+    assert len(window.around(table, chunks, one(0))) == (1 << 20) // SIZE - 1
 
 
 def sweep(window, table, chunks, steps, step=1):
@@ -114,7 +116,8 @@ def test_a_sweep_is_fetched_ahead(table, chunks):
     # Not twice, and not before it comes near.
     assert not window.ahead(table, chunks, one(8))
     make_ready(chunks, range(first.stop))
-    following = window.ahead(table, chunks, one(first.stop - 1))
+    steps = (window.ahead(table, chunks, one(at)) for at in range(24, first.stop, 16))
+    following = next(ahead for ahead in steps if ahead)
     assert following.start == first.stop
     assert len(following) >= len(first)
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from fscache.cli import main
+from fscache.cli.nydusd import main
 
 if __name__ == "__main__":
     sys.exit(main())

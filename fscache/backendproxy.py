@@ -2,7 +2,7 @@
 
 It answers HEAD and GET, whole or one range, of `/v2/<repository>/blobs/sha256:<name>` and of
 `/<name>` (tools section 14). It only reads, and only regular files directly in the directory.
-Flags, environment and signals are the business of `fscache.backendproxy_cli`.
+Flags, environment and signals are the business of `fscache.cli.backendproxy`.
 """
 
 from __future__ import annotations

@@ -8,14 +8,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from erofs.errors import NydusError
-from fscache.cachedblob import CachedBlob
-from fscache.cachefile import DATA_SUFFIX
+from fscache.cache.cachedblob import CachedBlob
+from fscache.cache.cachefile import DATA_SUFFIX
 from fscache.channel.fanotify import FanotifyChannel
-from fscache.fetcher import Fetcher
+from fscache.fetch.fetcher import Fetcher
 from fscache.holder.journal import Journal
 from fscache.holder.link import HeldDomain, HolderLink
-from fscache.mount import ErofsMount, MountError, mount_erofs
 from fscache.mounting import MountJob
+from fscache.mounts.mount import ErofsMount, MountError, mount_erofs
 from fscache.service import Service
 from fscache.sharing import Domain, LazyUnsupported, Shared, prepare_work_dir
 from fscache.store import Orphan, ServeDirectory, take_stale

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from fscache.channel.eager import mount_complete
 from fscache.domain import CacheDomain
-from fscache.fetcher import Fetcher
+from fscache.fetch.fetcher import Fetcher
 from fscache.holder.link import HolderLink
-from fscache.mount import ErofsMount
 from fscache.mounting import MountJob, Progress
+from fscache.mounts.mount import ErofsMount
 from fscache.sharing import Domain, prepare_work_dir
 from fscache.transport import Transport
 

@@ -14,7 +14,7 @@ from fscache.transport import Transport
 
 if TYPE_CHECKING:
     from fscache.image import ServedImage
-    from fscache.place import PlainMount
+    from fscache.mounts.place import PlainMount
 
 __all__ = ["Entry", "NodeOptions", "TableError"]
 

@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 
 from fscache.channel.fuse import FuseMount, mount_fuse, require_fuse
-from fscache.demand import Demand
-from fscache.fetcher import Fetcher
+from fscache.fetch.demand import Demand
+from fscache.fetch.fetcher import Fetcher
 from fscache.mounting import MountJob
 from fscache.sharing import Domain, prepare_work_dir
 from fscache.transport import Transport

@@ -19,20 +19,20 @@ from fscache.backend import Backend, BlobReader, open_backend
 from fscache.backend.base import Prepares, TakesCredentials
 from fscache.backend.retry import retry_policy
 from fscache.backend.settings import Credentials
-from fscache.bootfile import mountable_bootstrap
-from fscache.cachedblob import CachedBlob
+from fscache.cache.bootfile import mountable_bootstrap
+from fscache.cache.cachedblob import CachedBlob
+from fscache.cache.dictionary import resolve
+from fscache.cache.layer import open_reader
+from fscache.cache.plan import ImagePlan, read_plan
 from fscache.config import DaemonConfig
-from fscache.dictionary import resolve
-from fscache.fetcher import Fetcher
-from fscache.layer import open_reader
+from fscache.fetch.fetcher import Fetcher
+from fscache.fetch.prefetch import Prefetch
+from fscache.fetch.streamprefetch import StreamPrefetch
 from fscache.metrics import CacheMetrics
-from fscache.mount import MountBusy, MountError
 from fscache.mounting import ROOT, ImageOptions, Mount, MountJob, Progress
-from fscache.plan import ImagePlan, read_plan
-from fscache.prefetch import Prefetch
+from fscache.mounts.mount import MountBusy, MountError
 from fscache.record import ImageRecord
 from fscache.sharing import Domain
-from fscache.streamprefetch import StreamPrefetch
 from fscache.trace import Trace, open_trace
 
 __all__ = ["ROOT", "ImageOptions", "Keep", "Progress", "ServedImage"]

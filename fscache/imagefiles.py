@@ -17,8 +17,8 @@ from erofs.inode import Inode
 from erofs.layout import CHUNK_INDEX_SIZE, NAME_MAX, ChunkIndex
 from erofs.reader import Bootstrap
 from erofs.view import align_up
-from fscache.cachedblob import CachedBlob
-from fscache.demand import Demand, Piece
+from fscache.cache.cachedblob import CachedBlob
+from fscache.fetch.demand import Demand, Piece
 
 __all__ = ["Directory", "ImageFiles"]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from erofs.values import Value
 
 if TYPE_CHECKING:
-    from fscache.cachedblob import CachedBlob
+    from fscache.cache.cachedblob import CachedBlob
 
 __all__ = ["ROOT", "ImageOptions", "Mount", "MountJob", "Progress"]
 

@@ -1,7 +1,7 @@
 """The daemon of a node: images below one mount point, attached and detached while it runs.
 
 With a bootstrap the mount point is the image itself. Without one it is a private tmpfs that
-holds nothing but the directories which images are mounted on; see `fscache.nest`.
+holds nothing but the directories which images are mounted on; see `fscache.mounts.nest`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from erofs.errors import NydusError
 from fscache.backend.settings import Credentials, RegistryConfig
-from fscache.bootfile import mountable_bootstrap, mounted_path
+from fscache.cache.bootfile import mountable_bootstrap, mounted_path
 from fscache.config import DaemonConfig, parse_config
 from fscache.entry import Entry, NodeOptions, TableError
 from fscache.environment import with_environment
@@ -25,17 +25,17 @@ from fscache.events import ErrorRing
 from fscache.holder.link import HolderLink, Inheritance
 from fscache.image import ROOT, ImageOptions, ServedImage
 from fscache.lifecycle import Lifecycle, State, StateError
-from fscache.mount import MountError
-from fscache.nest import Nest
-from fscache.overlay import adopt_writable, mount_writable
-from fscache.place import PlainMount, clear_leftover, mount_bind, mount_tmpfs
+from fscache.mounts.mount import MountError
+from fscache.mounts.nest import Nest
+from fscache.mounts.overlay import adopt_writable, mount_writable
+from fscache.mounts.place import PlainMount, clear_leftover, mount_bind, mount_tmpfs
+from fscache.mounts.skeleton import Look, host_directories, image_directories
+from fscache.mounts.treepath import split
 from fscache.record import ImageRecord, PlainRecord
 from fscache.runtime import Runtime
-from fscache.skeleton import Look, host_directories, image_directories
 from fscache.succession import adopt, recorded_paths
 from fscache.supervisor import receive_state, send_state
 from fscache.transport import Transport, wants_holder
-from fscache.treepath import split
 
 __all__ = ["Entry", "NodeDaemon", "NodeOptions", "TableError"]
 

@@ -22,7 +22,7 @@ from erofs.errors import NydusError
 from fscache import kernel
 from fscache.channel import ChannelError, ReadRequest, Reply
 from fscache.channel.fanotify import FanotifyChannel, open_group
-from fscache.mount import create_mount
+from fscache.mounts.mount import create_mount
 from fscache.probe_image import BLOB_SIZE, FILE_NAME, build_probe_image
 from fscache.store import ServeDirectory
 

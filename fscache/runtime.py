@@ -17,7 +17,7 @@ from fscache.backend.settings import Credentials
 from fscache.config import DaemonConfig
 from fscache.domain import CacheDomain
 from fscache.domains import open_domain
-from fscache.fetcher import Fetcher
+from fscache.fetch.fetcher import Fetcher
 from fscache.holder.link import HeldDomain, HeldRecord, HolderError, HolderLink
 from fscache.image import ImageOptions, ServedImage
 from fscache.record import ImageRecord

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 
 from erofs.errors import NydusError
-from fscache.cachedblob import CachedBlob
+from fscache.cache.cachedblob import CachedBlob
 from fscache.channel import ReadRequest, Reply
-from fscache.demand import Demand
-from fscache.fetcher import Fetcher
+from fscache.fetch.demand import Demand
+from fscache.fetch.fetcher import Fetcher
 
 __all__ = ["Service"]
 

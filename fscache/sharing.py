@@ -14,12 +14,12 @@ from pathlib import Path
 from erofs.errors import NydusError
 from fscache.backend import BlobReader
 from fscache.backend.retry import RetryPolicy
-from fscache.cachedblob import CachedBlob
-from fscache.cachefile import CacheError
-from fscache.fetcher import Fetcher
+from fscache.cache.cachedblob import CachedBlob
+from fscache.cache.cachefile import CacheError
+from fscache.cache.plan import BlobPlan
+from fscache.fetch.fetcher import Fetcher
 from fscache.metrics import CacheMetrics
 from fscache.mounting import Mount, MountJob
-from fscache.plan import BlobPlan
 from fscache.trace import Trace
 from fscache.transport import Transport
 

@@ -11,7 +11,7 @@ from erofs.values import Value
 from fscache.config import DaemonConfig
 from fscache.holder.link import HeldRecord, Inheritance
 from fscache.image import ServedImage
-from fscache.place import PlainMount, is_our_overlay, mounted_at
+from fscache.mounts.place import PlainMount, is_our_overlay, mounted_at
 from fscache.record import KERNEL_CACHE, ImageRecord, PlainRecord
 from fscache.runtime import Runtime
 

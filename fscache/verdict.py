@@ -14,7 +14,7 @@ import os
 import time
 from pathlib import Path
 
-from fscache.cachefile import CacheError, read_whole, replace
+from fscache.cache.cachefile import CacheError, read_whole, replace
 from fscache.holder.link import run_directory
 from fscache.transport import Transport, candidates
 

@@ -21,8 +21,8 @@ from fscache.config import DaemonConfig
 from fscache.entry import NodeOptions, TableError
 from fscache.image import ROOT
 from fscache.lifecycle import State
+from fscache.mounts.treepath import split
 from fscache.node import NodeDaemon
-from fscache.treepath import split
 from fscache.unixsocket import listen
 
 __all__ = ["VirtiofsDaemon", "VirtiofsError", "enter_private_tree", "find_virtiofsd"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fscache.channel.fuse import require_fuse
-from fscache.loop import LoopDevice, LoopError
+from fscache.mounts.loop import LoopDevice, LoopError
 from fscache.probe import lazy_supported, probe
 from fscache.sharing import LazyUnsupported
 

@@ -19,11 +19,11 @@ from fscache.cachefiles.device import Device
 from fscache.cachefiles.errors import CachefilesError
 from fscache.cachefiles.sources import BlobSource, BootstrapSource, Source
 from fscache.cachefiles.support import require_fscache_mounts
-from fscache.demand import Demand
-from fscache.fetcher import Fetcher
+from fscache.fetch.demand import Demand
+from fscache.fetch.fetcher import Fetcher
 from fscache.holder.link import HeldRecord, HolderLink
-from fscache.mount import ErofsMount, MountError, attach_mount
 from fscache.mounting import Mount, MountJob
+from fscache.mounts.mount import ErofsMount, MountError, attach_mount
 from fscache.record import KERNEL_CACHE
 from fscache.sharing import Domain, LazyUnsupported, prepare_work_dir
 from fscache.transport import Transport

@@ -19,9 +19,9 @@ from fscache.cachefiles.cache import KernelCache
 from fscache.cachefiles.errors import CachefilesError
 from fscache.cachefiles.names import check_name
 from fscache.cachefiles.sources import BlobSource, BootstrapSource, Source
-from fscache.demand import Demand
 from fscache.environment import with_environment
-from fscache.fetcher import Fetcher
+from fscache.fetch.demand import Demand
+from fscache.fetch.fetcher import Fetcher
 from fscache.image import ServedImage
 from fscache.sharing import Domain
 

@@ -20,8 +20,8 @@ from fscache.blobs import BlobRegistry, check_paths
 from fscache.cachefiles.cache import KernelCache
 from fscache.cachefiles.errors import CachefilesError
 from fscache.cachefiles.image import KernelImage, Services
-from fscache.demand import Demand
-from fscache.fetcher import Fetcher
+from fscache.fetch.demand import Demand
+from fscache.fetch.fetcher import Fetcher
 from fscache.holder.link import HeldRecord, HolderLink
 from fscache.sharing import Domain
 

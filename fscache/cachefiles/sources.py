@@ -15,10 +15,10 @@ from typing import Protocol
 from erofs.errors import error_context
 from erofs.layout import BLOCK_SIZE
 from erofs.view import align_up
-from fscache.cachedblob import CachedBlob
+from fscache.cache.cachedblob import CachedBlob
 from fscache.cachefiles.errors import CachefilesError
-from fscache.demand import Demand
-from fscache.outstanding import Done
+from fscache.fetch.demand import Demand
+from fscache.fetch.outstanding import Done
 
 __all__ = ["PIECE_BYTES", "BlobSource", "BootstrapSource", "Extent", "Source"]
 

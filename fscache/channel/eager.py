@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from fscache.loop import LoopDevice
-from fscache.mount import ErofsMount, MountError, mount_erofs
+from fscache.mounts.loop import LoopDevice
+from fscache.mounts.mount import ErofsMount, MountError, mount_erofs
 
 __all__ = ["mount_complete"]
 

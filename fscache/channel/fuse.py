@@ -21,12 +21,12 @@ from erofs import open_bootstrap
 from erofs.errors import NydusError
 from erofs.rafs import SuperFlags
 from fscache import kernel
-from fscache.cachedblob import CachedBlob
+from fscache.cache.cachedblob import CachedBlob
 from fscache.channel.fuseops import Operations
-from fscache.demand import Demand
+from fscache.fetch.demand import Demand
 from fscache.imagefiles import ImageFiles
-from fscache.mount import DEFAULT_READ_AHEAD_KB, MountBusy, MountError, set_read_ahead
-from fscache.place import MOUNT_SOURCE, Mounted, device_at, mounted_at
+from fscache.mounts.mount import DEFAULT_READ_AHEAD_KB, MountBusy, MountError, set_read_ahead
+from fscache.mounts.place import MOUNT_SOURCE, Mounted, device_at, mounted_at
 from fscache.sharing import LazyUnsupported
 from fscache.transport import is_root
 

@@ -14,14 +14,15 @@ from erofs.inlined import blob_ids
 from erofs.values import Value
 from fscache.backend import open_backend
 from fscache.backend.retry import retry_policy
-from fscache.bootfile import mountable_bootstrap
+from fscache.cache.bootfile import mountable_bootstrap
+from fscache.cache.plan import PlanError
 from fscache.config import DaemonConfig
-from fscache.demand import Demand
 from fscache.events import ErrorRing
-from fscache.fetcher import Fetcher
+from fscache.fetch.demand import Demand
+from fscache.fetch.fetcher import Fetcher
 from fscache.image import ServedImage
 from fscache.lifecycle import Lifecycle, State
-from fscache.mount import DEFAULT_READ_AHEAD_KB, set_read_ahead
+from fscache.mounts.mount import DEFAULT_READ_AHEAD_KB, set_read_ahead
 from fscache.nbd.device import (
     KernelDevice,
     device_index,
@@ -33,7 +34,6 @@ from fscache.nbd.disk import Disk, image_disk, read_disk_plan, tar_disk
 from fscache.nbd.errors import DeviceError
 from fscache.nbd.listener import SocketListener
 from fscache.nbd.server import DiskServer
-from fscache.plan import PlanError
 from fscache.sharing import Domain, prepare_work_dir
 
 __all__ = ["NbdDaemon", "NbdOptions"]

@@ -18,10 +18,10 @@ from erofs.errors import CorruptStructure, OutOfBounds
 from erofs.flatdisk import Extent, blob_extents, disk_size
 from fscache.backend import BlobReader
 from fscache.backend.retry import RetryPolicy
-from fscache.blobmap import BlobMap
-from fscache.cachedblob import CachedBlob
-from fscache.demand import Demand
-from fscache.outstanding import Done
+from fscache.cache.blobmap import BlobMap
+from fscache.cache.cachedblob import CachedBlob
+from fscache.fetch.demand import Demand
+from fscache.fetch.outstanding import Done
 
 __all__ = [
     "Data",

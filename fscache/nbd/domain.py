@@ -12,10 +12,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from fscache.demand import Demand
-from fscache.fetcher import Fetcher
-from fscache.mount import ErofsMount, mount_erofs
+from fscache.fetch.demand import Demand
+from fscache.fetch.fetcher import Fetcher
 from fscache.mounting import Mount, MountJob
+from fscache.mounts.mount import ErofsMount, mount_erofs
 from fscache.nbd.device import KernelDevice, device_index, identifier_of
 from fscache.nbd.disk import Disk, image_disk, read_disk_plan
 from fscache.nbd.errors import DeviceError

@@ -8,11 +8,11 @@ from contextlib import ExitStack
 
 from erofs.errors import NydusError
 from erofs.layout import BLOCK_SIZE
-from fscache.mount import create_mount
+from fscache.fetch.outstanding import Done
+from fscache.mounts.mount import create_mount
 from fscache.nbd.device import IDENTIFIER_PREFIX, KernelDevice
 from fscache.nbd.disk import Data, Disk, Segment
 from fscache.nbd.server import DiskServer
-from fscache.outstanding import Done
 from fscache.probe_image import BLOB_SIZE, FILE_NAME, build_probe_image
 from fscache.sharing import LazyUnsupported
 

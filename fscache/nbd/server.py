@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
+from fscache.fetch.pool import WorkerPool
 from fscache.nbd.disk import Data, Disk, Slice
 from fscache.nbd.handshake import Export, Handshake, Phase
 from fscache.nbd.protocol import (
@@ -26,7 +27,6 @@ from fscache.nbd.protocol import (
     RequestParser,
 )
 from fscache.nbd.serving import Pending
-from fscache.pool import WorkerPool
 
 __all__ = ["DISK_FLAGS", "Connection", "DiskServer"]
 

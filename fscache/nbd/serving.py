@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from erofs.errors import NydusError, OutOfBounds
-from fscache.cachefile import CacheError
+from fscache.cache.cachefile import CacheError
 from fscache.nbd import protocol
 from fscache.nbd.disk import Data, Disk, Part, Slice
 from fscache.nbd.protocol import MAX_PAYLOAD, Command, CommandFlags, Request

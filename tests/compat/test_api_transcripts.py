@@ -13,7 +13,7 @@ import pytest
 
 from builder import BuildOptions, build
 from erofs.rafs import Compressor
-from fscache.api import ApiServer
+from fscache.api.server import ApiServer
 from fscache.config import load_config
 from fscache.node import NodeDaemon, NodeOptions
 from fscache.singleton import SingletonDaemon, SingletonOptions

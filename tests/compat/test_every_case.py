@@ -201,7 +201,7 @@ def test_every_blob_is_decoded(tmp_path):
                 wrong |= {name: found} if found else {}
             if len(place.name) != 64:
                 place.unlink(missing_ok=True)
-    # The numbers of a generated dictionary are not the blob's (`fscache.dictionary`).
+    # The numbers of a generated dictionary are not the blob's (`fscache.cache.dictionary`).
     wrong.pop(f"{CASES}chunkdict-generate-versions/use.boot")
     assert wrong == {}
     assert len(seen) > 100

@@ -12,7 +12,7 @@ from fakes.nbd_rig import RETRY, DiskRig, read
 from builder.backends import blob_directory
 from builder.export import export_block
 from erofs import open_bootstrap
-from fscache.bootfile import mountable_bootstrap
+from fscache.cache.bootfile import mountable_bootstrap
 from fscache.nbd.disk import UnusedSource, read_disk_plan, tar_disk
 from tests.compat.test_made_by_nydus_image import MADE, commands, expected_files
 from tests.fakes.disk_files import files_of

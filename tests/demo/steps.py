@@ -21,7 +21,7 @@ BUILD_SECONDS = 1800.0
 MOUNT_SECONDS = 900.0
 COMPARE_SECONDS = 1800.0
 SHOWN_NAMES = 12
-_MODULES = {"nydus-image": "builder.cli", "nydusd": "fscache.cli"}
+_MODULES = {"nydus-image": "builder.cli", "nydusd": "fscache.cli.nydusd"}
 
 
 def _program(name: str) -> list[str]:

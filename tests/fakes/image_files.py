@@ -5,11 +5,11 @@ from __future__ import annotations
 from erofs import open_bootstrap
 from fscache.backend import LocalFsConfig, open_backend
 from fscache.backend.retry import RetryPolicy
-from fscache.demand import Demand
-from fscache.fetcher import Fetcher, FetcherOptions
+from fscache.cache.plan import read_plan
+from fscache.fetch.demand import Demand
+from fscache.fetch.fetcher import Fetcher, FetcherOptions
 from fscache.imagefiles import ImageFiles
 from fscache.metrics import CacheMetrics
-from fscache.plan import read_plan
 from fscache.sharing import Domain
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from builder import BuildOptions, build
-from fscache.virtiofs_cli import TREE
+from fscache.cli.virtiofs import TREE
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SECONDS = 60

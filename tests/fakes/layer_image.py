@@ -8,7 +8,7 @@ import zlib
 from builder.build import BuildOptions, SourceType, build
 from erofs import open_bootstrap
 from fakes.memory_reader import MemoryReader
-from fscache.layer import LayerReader
+from fscache.cache.layer import LayerReader
 
 __all__ = ["LayerBlob", "Stored", "content", "gzipped", "layer_tar"]
 

@@ -5,13 +5,13 @@ import threading
 
 from fscache.backend import LocalFsConfig, open_backend
 from fscache.backend.retry import RetryPolicy
-from fscache.demand import Demand
-from fscache.fetcher import Fetcher, FetcherOptions
-from fscache.layer import open_reader
+from fscache.cache.layer import open_reader
+from fscache.cache.plan import read_plan
+from fscache.fetch.demand import Demand
+from fscache.fetch.fetcher import Fetcher, FetcherOptions
 from fscache.metrics import CacheMetrics
 from fscache.nbd.disk import Slice, image_disk, read_disk_plan
 from fscache.nbd.serving import read_file
-from fscache.plan import read_plan
 from fscache.sharing import Domain
 
 FAST = FetcherOptions(workers=4, negative_ttl=0.0, sync_interval=60.0)

@@ -13,7 +13,7 @@ from serving import Serving
 
 from fscache import kernel
 from fscache.channel.fanotify import FanotifyChannel
-from fscache.mount import mount_erofs
+from fscache.mounts.mount import mount_erofs
 from fscache.probe_image import BLOB_SIZE, build_probe_image
 from fscache.store import ServeDirectory
 

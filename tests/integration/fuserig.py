@@ -3,7 +3,7 @@
 from treecompare import differences
 
 from fscache.daemon import Transport
-from fscache.place import Mounted, mounted_at
+from fscache.mounts.place import Mounted, mounted_at
 
 __all__ = ["ALL", "assert_same", "start"]
 

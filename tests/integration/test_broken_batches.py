@@ -17,7 +17,7 @@ from erofs import open_bootstrap
 from erofs.errors import NydusError
 from erofs.framing import SECTION_BOOTSTRAP, read_toc
 from erofs.view import View
-from fscache.tablefile import META_SUFFIX
+from fscache.cache.tablefile import META_SUFFIX
 
 pytestmark = [
     needs_fixtures,

@@ -31,8 +31,8 @@ from builder.backends import blob_directory
 from builder.source.options import SourceOptions
 from erofs import open_bootstrap
 from erofs.rafs import Compressor
-from fscache.loop import LoopDevice
-from fscache.mount import mount_erofs
+from fscache.mounts.loop import LoopDevice
+from fscache.mounts.mount import mount_erofs
 
 pytestmark = [
     pytest.mark.root,

@@ -21,8 +21,8 @@ from fscache import kernel
 from fscache import probe as probe_module
 from fscache.channel import ChannelError
 from fscache.channel.fanotify import FanotifyChannel, open_group
-from fscache.loop import LoopDevice
-from fscache.mount import MountBusy
+from fscache.mounts.loop import LoopDevice
+from fscache.mounts.mount import MountBusy
 from fscache.probe import lazy_supported, probe
 from fscache.probe_image import BLOB_SIZE
 from fscache.protocol import parse_events

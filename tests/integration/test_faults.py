@@ -22,8 +22,8 @@ import fscache.image
 import fscache.runtime
 from erofs import CorruptStructure, IntegrityError, NydusError, open_bootstrap
 from fscache.backend.retry import RetryPolicy
-from fscache.fetcher import Fetcher, FetcherOptions
-from fscache.place import mounted_at
+from fscache.fetch.fetcher import Fetcher, FetcherOptions
+from fscache.mounts.place import mounted_at
 from fscache.transport import Transport
 
 pytestmark = [

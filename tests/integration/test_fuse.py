@@ -25,9 +25,9 @@ from fscache.channel import fuse
 from fscache.channel.fuseops import Operations
 from fscache.config import DaemonConfig
 from fscache.daemon import Transport
-from fscache.mount import MountBusy, MountError
+from fscache.mounts.mount import MountBusy, MountError
+from fscache.mounts.place import mounted_at
 from fscache.node import NodeDaemon, NodeOptions
-from fscache.place import mounted_at
 
 pytestmark = [pytest.mark.root, requires("root", "fuse")]
 

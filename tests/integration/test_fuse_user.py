@@ -60,8 +60,9 @@ def _find_python():
     for become in (_BECOME, _BECOME + _READ):
         for python in (sys.executable, shutil.which("python3", path="/usr/bin")):
             if python is not None:
+                packages = "mfusepy, zstandard, treecompare"
                 done = subprocess.run(
-                    [*become, python, "-c", "import fscache.cli, mfusepy, zstandard, treecompare"],
+                    [*become, python, "-c", f"import fscache.cli.nydusd, {packages}"],
                     env=_environment(), capture_output=True, check=False,
                 )  # fmt: skip
                 if done.returncode == 0:

@@ -24,7 +24,7 @@ from builder.chunkreader import read_chunk
 from erofs import Chunk, load_tree, open_rafs, translate
 from erofs.rafs import Compressor, Digester
 from erofs.tree import iter_names
-from fscache.mount import mount_erofs
+from fscache.mounts.mount import mount_erofs
 
 pytestmark = [pytest.mark.root, pytest.mark.erofs_mount, requires("root", "erofs_mount")]
 

@@ -39,7 +39,7 @@ from builder.source.options import SourceOptions
 from erofs import open_bootstrap
 from erofs.cipher import BlobCipher
 from erofs.rafs import Compressor
-from fscache.mount import mount_erofs
+from fscache.mounts.mount import mount_erofs
 
 pytestmark = [
     pytest.mark.root,

@@ -19,7 +19,7 @@ from treecompare import differences, read_tree
 
 from erofs import open_bootstrap
 from fscache.image import ImageOptions
-from fscache.mount import MountError
+from fscache.mounts.mount import MountError
 
 pytestmark = [
     pytest.mark.root,

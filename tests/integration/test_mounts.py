@@ -11,8 +11,8 @@ from serving import wait_until
 
 from fscache import kernel
 from fscache.channel.eager import mount_complete
-from fscache.loop import LoopDevice, LoopError
-from fscache.mount import MountBusy, MountError, create_mount, mount_erofs
+from fscache.mounts.loop import LoopDevice, LoopError
+from fscache.mounts.mount import MountBusy, MountError, create_mount, mount_erofs
 from fscache.probe_image import BLOB_SIZE
 
 pytestmark = [pytest.mark.root, pytest.mark.erofs_mount, requires("root", "erofs_mount")]
@@ -182,7 +182,7 @@ def test_loop_devices_taken_by_others_are_no_error(complete):
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from fscache.loop import LoopDevice
+from fscache.mounts.loop import LoopDevice
 for _ in range(20):
     with LoopDevice.attach(Path(sys.argv[1])) as device:
         assert device.path.read_bytes()[:8] == b"0000000."

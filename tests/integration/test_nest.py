@@ -10,9 +10,9 @@ from capabilities import requires
 from serving import ROOT, Child, build_image, unmount
 
 from fscache import kernel
-from fscache.mount import MountError, mount_erofs
-from fscache.nest import Nest
-from fscache.place import (
+from fscache.mounts.mount import MountError, mount_erofs
+from fscache.mounts.nest import Nest
+from fscache.mounts.place import (
     MOUNT_SOURCE,
     PlainMount,
     create_tmpfs,
@@ -21,8 +21,8 @@ from fscache.place import (
     mounted_at,
     mounted_below,
 )
-from fscache.skeleton import host_directories, image_directories
-from fscache.treepath import PathError
+from fscache.mounts.skeleton import host_directories, image_directories
+from fscache.mounts.treepath import PathError
 
 pytestmark = [pytest.mark.root, pytest.mark.erofs_mount, requires("root", "erofs_mount")]
 
@@ -399,7 +399,7 @@ def test_another_process_goes_on_after_a_kill_in_a_change(place, monkeypatch):
     def killed(fd):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fscache.skeleton.umount_fd", killed)
+    monkeypatch.setattr("fscache.mounts.skeleton.umount_fd", killed)
     with pytest.raises(KeyboardInterrupt):
         place.mount("/b")
     monkeypatch.undo()
@@ -435,8 +435,8 @@ def test_bind_does_not_show_at_its_source_what_is_mounted_on_it(tmp_path, stack)
 import subprocess, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from fscache.place import mount_bind
-from fscache.nest import Nest
+from fscache.mounts.place import mount_bind
+from fscache.mounts.nest import Nest
 source, top = Path(sys.argv[1]) / "source", Path(sys.argv[1]) / "top"
 for path in (source / "sub", top):
     path.mkdir(parents=True)

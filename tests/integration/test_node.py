@@ -8,11 +8,11 @@ import pytest
 from builder import BuildOptions, build
 from fscache.backend import LocalFsConfig
 from fscache.config import DaemonConfig
-from fscache.mount import mount_erofs
-from fscache.nest import Nest
+from fscache.mounts.mount import mount_erofs
+from fscache.mounts.nest import Nest
+from fscache.mounts.place import PlainMount, is_our_overlay, mount_tmpfs, mounted_at
+from fscache.mounts.skeleton import image_directories
 from fscache.node import NodeDaemon, NodeOptions
-from fscache.place import PlainMount, is_our_overlay, mount_tmpfs, mounted_at
-from fscache.skeleton import image_directories
 from tests.capabilities import requires
 
 pytestmark = requires("root", "fanotify")

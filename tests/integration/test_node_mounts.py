@@ -14,7 +14,7 @@ import pytest
 from capabilities import requires
 from serving import TIMEOUT, build_image
 
-from fscache.place import is_our_overlay, mounted_at
+from fscache.mounts.place import is_our_overlay, mounted_at
 
 pytestmark = [
     pytest.mark.root,

@@ -137,7 +137,7 @@ def test_a_hung_intake_is_told_to_nobody(serving, home, stack):
 import sys, threading
 from fscache import heartbeat
 from fscache.channel import fanotify
-from fscache.cli import main
+from fscache.cli.nydusd import main
 from fscache.service import Service
 heartbeat.LATE_SECONDS = 3.0
 fanotify.BEAT_SECONDS = 0.2
@@ -335,7 +335,7 @@ def test_doctor_without_privilege():
     code = """
 import os, sys
 from pathlib import Path
-from fscache.doctor import doctor
+from fscache.doctor.report import doctor
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)

@@ -12,10 +12,10 @@ from capabilities import requires
 from fakes.blob_server import BlobServer
 from serving import TIMEOUT, build_image, http, wait_until, write_config
 
-from fscache import ctl
-from fscache.api import ApiServer
+from fscache.api.server import ApiServer
 from fscache.config import DaemonConfig
-from fscache.ctl_client import ApiClient, CtlError
+from fscache.ctl import command as ctl
+from fscache.ctl.client import ApiClient, CtlError
 from fscache.image import ImageOptions
 from fscache.node import NodeDaemon, NodeOptions
 from fscache.settings import PrefetchConfig, RafsConfig

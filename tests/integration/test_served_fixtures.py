@@ -27,13 +27,13 @@ from made_images import (
 from serving import TIMEOUT, Built, wait_until, write_config
 
 from erofs import IntegrityError, open_bootstrap
+from fscache.api.routes import Request, answer
 from fscache.backend import LocalFsConfig
+from fscache.cache.tablefile import META_SUFFIX
 from fscache.config import DaemonConfig
 from fscache.daemon import Daemon, Transport
-from fscache.mount import mount_erofs
+from fscache.mounts.mount import mount_erofs
 from fscache.node import NodeDaemon, NodeOptions
-from fscache.routes import Request, answer
-from fscache.tablefile import META_SUFFIX
 
 pytestmark = [
     needs_fixtures,

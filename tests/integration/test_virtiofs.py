@@ -15,8 +15,8 @@ import pytest
 from capabilities import CI, requires
 from fakes.kata_runtime import CHECKOUT, SECONDS, Exported, image_request, passthrough_request
 
+from fscache.cli.virtiofs import TREE
 from fscache.virtiofs import VirtiofsError, find_virtiofsd
-from fscache.virtiofs_cli import TREE
 from kata.guest import PASSTHROUGH_MOUNTPOINT, image_mountpoint
 
 pytestmark = [pytest.mark.root, requires("root", "erofs_mount", "fanotify")]

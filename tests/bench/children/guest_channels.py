@@ -21,7 +21,7 @@ from pathlib import Path
 from fscache.backend import LocalFsConfig
 from fscache.config import DaemonConfig
 from fscache.daemon import Daemon, Transport
-from fscache.mount import mount_erofs
+from fscache.mounts.mount import mount_erofs
 from tests.bench.children.reader import read_all, scattered
 from tests.bench.report import COMPLETE
 from tests.bench.source import BIG_NAME

@@ -10,8 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
-import fscache.cli  # noqa: F401 -- its time is part of the floor
-from fscache.mount import mount_erofs
+import fscache.cli.nydusd  # noqa: F401 -- its time is part of the floor
+from fscache.mounts.mount import mount_erofs
 
 
 def main() -> None:

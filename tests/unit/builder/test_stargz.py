@@ -20,9 +20,9 @@ from erofs import Chunk, FormatError, check_image, open_bootstrap
 from erofs.citable import parse_cached
 from erofs.console import CommandParser
 from erofs.rafs import BlobFeatures
-from fscache.cachedblob import CachedBlob
-from fscache.fetcher import Fetcher
-from fscache.layer import LayerReader
+from fscache.cache.cachedblob import CachedBlob
+from fscache.cache.layer import LayerReader
+from fscache.fetch.fetcher import Fetcher
 from fscache.metrics import CacheMetrics
 
 FILES = {

@@ -83,7 +83,7 @@ def test_secrets_are_not_shown() -> None:
 def test_a_daemon_starts_without_dataclasses() -> None:
     """They, and `inspect` with them, cost a quarter of a start."""
     program = (
-        "import sys, fscache.cli, fscache.api, fscache.routes\n"
+        "import sys, fscache.cli.nydusd, fscache.api.server, fscache.api.routes\n"
         "print([name for name in ('dataclasses', 'inspect') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)

@@ -31,7 +31,7 @@ BLOB = "a" * 64
 URL = f"/v2/library/blobs/sha256:{BLOB}"
 LARGE = 64 << 20  # more than the kernel's socket buffers take
 LOOPBACK = ip_address("127.0.0.1")
-CODE = "import sys; from fscache.backendproxy_cli import main; sys.exit(main())"
+CODE = "import sys; from fscache.cli.backendproxy import main; sys.exit(main())"
 MAIN = [sys.executable, "-c", CODE]
 
 
@@ -572,7 +572,7 @@ def test_program_wants_a_directory_name():
 
 def test_program_needs_no_third_party_package(directory):
     code = (
-        "import sys; import fscache.backendproxy_cli; "
+        "import sys; import fscache.cli.backendproxy; "
         "print(sorted({name.split('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)))"
     )
     result = subprocess.run(

@@ -15,11 +15,11 @@ from erofs.errors import BadMagic, CodecError, CorruptStructure, IntegrityError,
 from erofs.rafs import BlobFeatures, Compressor
 from fscache.backend import ShortRead, Unavailable
 from fscache.backend.retry import RetryPolicy
-from fscache.cachedblob import CachedBlob
-from fscache.fetcher import Fetcher, FetcherOptions
+from fscache.cache.cachedblob import CachedBlob
+from fscache.fetch.fetcher import Fetcher, FetcherOptions
+from fscache.fetch.streamprefetch import StreamPrefetch
 from fscache.metrics import CacheMetrics
 from fscache.settings import PrefetchConfig
-from fscache.streamprefetch import StreamPrefetch
 
 LAYOUT = [[100, 431, 5000], CHUNK_SIZE, [7], 4096, [10, 20, 30]]
 COUNT = 9
@@ -294,7 +294,7 @@ def test_an_unwritable_cache_still_has_a_table(rig, monkeypatch, caplog):
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fscache.tablefile.replace", no_space)
+    monkeypatch.setattr("fscache.cache.tablefile.replace", no_space)
     rig.ensure(0)
     assert rig.ready() == [0, 1, 2]
     assert not rig.table.exists()

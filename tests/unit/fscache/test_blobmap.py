@@ -5,8 +5,8 @@ from erofs.cipher import BlobCipher
 from erofs.citable import parse_cached
 from erofs.errors import CorruptStructure, FormatError, OutOfBounds, UnsupportedFeature
 from erofs.rafs import BlobFeatures, ChunkFlags, Compressor
-from fscache.blobmap import BlobMap
-from fscache.places import Places
+from fscache.cache.blobmap import BlobMap
+from fscache.cache.places import Places
 
 SIZES = [CHUNK_SIZE, 100, 4096, CHUNK_SIZE, 5000]
 
@@ -140,7 +140,7 @@ def test_bad_entries(blob, kind, change):
 
 def test_columns_at_once_are_those_of_rows(blob, monkeypatch):
     at_once = BlobMap(blob.entry, reversed(blob.chunks))
-    monkeypatch.setattr("fscache.blobmap.ordinary_columns", lambda entry, chunks: None)
+    monkeypatch.setattr("fscache.cache.blobmap.ordinary_columns", lambda entry, chunks: None)
     by_row = BlobMap(blob.entry, blob.chunks)
     columns = {name: value for name, value in vars(by_row).items() if name != "data"}
     assert {name: value for name, value in vars(at_once).items() if name != "data"} == columns

@@ -11,9 +11,9 @@ from builder.bootstrap import inlined_bootstrap
 from erofs import BadMagic, CodecError, FormatError, IntegrityError, open_bootstrap
 from erofs.framing import SECTION_BOOTSTRAP, read_toc
 from erofs.view import View
-from fscache.bootfile import mountable_bootstrap, mounted_path
-from fscache.cachefile import CacheError
-from fscache.plan import PlanError, read_plan
+from fscache.cache.bootfile import mountable_bootstrap, mounted_path
+from fscache.cache.cachefile import CacheError
+from fscache.cache.plan import PlanError, read_plan
 
 TAR = tar_of(member("a", data=b"a" * 5000), member("b", data=b"b" * 100))
 

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from fscache.backend import BackendError
-from fscache.cachefile import CacheError, CacheFile
+from fscache.cache.cachefile import CacheError, CacheFile
 
 SIZE = 1 << 20
 

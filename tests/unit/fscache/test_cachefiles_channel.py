@@ -14,13 +14,13 @@ from fakes.memory_reader import MemoryReader
 
 from fscache.backend import Unavailable
 from fscache.backend.retry import RetryPolicy
-from fscache.cachedblob import CachedBlob
+from fscache.cache.cachedblob import CachedBlob
 from fscache.cachefiles import copying
 from fscache.cachefiles.cache import KernelCache
 from fscache.cachefiles.errors import CachefilesError
 from fscache.cachefiles.sources import PIECE_BYTES, BlobSource, BootstrapSource
-from fscache.demand import Demand
-from fscache.fetcher import Fetcher, FetcherOptions
+from fscache.fetch.demand import Demand
+from fscache.fetch.fetcher import Fetcher, FetcherOptions
 from fscache.metrics import CacheMetrics
 
 SIZES = [CHUNK_SIZE] * 4 + [5000, 100]

@@ -4,8 +4,8 @@ import struct
 
 import pytest
 
-from fscache.cachefile import CacheError, CacheFile
-from fscache.chunkmap import ChunkMap
+from fscache.cache.cachefile import CacheError, CacheFile
+from fscache.cache.chunkmap import ChunkMap
 
 COUNT = 12
 # The chunks that images know; the tests count only these.

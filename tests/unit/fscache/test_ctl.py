@@ -15,8 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from erofs.errors import NydusError
-from fscache import ctl, ctl_client, ctl_text
-from fscache.ctl_client import ApiClient
+from fscache.ctl import client as ctl_client
+from fscache.ctl import command as ctl
+from fscache.ctl import text as ctl_text
+from fscache.ctl.client import ApiClient
 from tests.fixtures_path import FIXTURES, needs_fixtures
 
 RECORDED = FIXTURES / "nydusd-api"
@@ -526,7 +528,7 @@ def test_help_and_version(capsys):
 
 def test_nothing_of_the_daemon_is_imported():
     code = (
-        "import sys; import fscache.ctl; "
+        "import sys; import fscache.ctl.command; "
         "print([name for name in sys.modules if name.split('.')[0] in ('urllib3', 'blake3')"
         " or name.startswith('fscache.') and not name.startswith('fscache.ctl')])"
     )
@@ -538,7 +540,7 @@ def test_output_that_nobody_reads(nydusd):
     nydusd.answers["GET", "/api/v1/daemon"] = answer(DAEMON)
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "fscache.ctl", "-S", str(nydusd.path), "info"]
+    command = [sys.executable, "-m", "fscache.ctl.command", "-S", str(nydusd.path), "info"]
     ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (1, b"")

@@ -8,12 +8,12 @@ import pytest
 
 from builder.build import BuildOptions, build
 from erofs import CorruptStructure, open_bootstrap
-from fscache.api import ApiError, ApiServer
+from fscache.api.server import ApiError, ApiServer
 from fscache.backend import LocalFsConfig
+from fscache.cache.plan import PlanError, read_plan
 from fscache.config import DaemonConfig
 from fscache.daemon import Daemon, State, StateError
-from fscache.mount import MountError
-from fscache.plan import PlanError, read_plan
+from fscache.mounts.mount import MountError
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_daemon_information(api):
 
 def test_idle_connections_stay(api, monkeypatch, tmp_path):
     """nydus-snapshotter keeps one open, sends nothing, and takes its end for our death."""
-    monkeypatch.setattr("fscache.apihandler._Handler.timeout", 0.05)
+    monkeypatch.setattr("fscache.api.handler._Handler.timeout", 0.05)
     with socket.socket(socket.AF_UNIX) as idle, socket.socket(socket.AF_UNIX) as slow:
         idle.connect(str(tmp_path / "api.sock"))
         slow.connect(str(tmp_path / "api.sock"))

@@ -7,13 +7,13 @@ import pytest
 from fakes.blob_image import CHUNK_SIZE, Blob
 from fakes.memory_reader import MemoryReader
 
-from fscache import demand as module
 from fscache.backend import NotFound
 from fscache.backend.retry import RetryPolicy
-from fscache.cachedblob import CachedBlob
-from fscache.cachefile import CacheError
-from fscache.demand import Complaints, Demand, Piece
-from fscache.fetcher import Fetcher, FetcherOptions
+from fscache.cache.cachedblob import CachedBlob
+from fscache.cache.cachefile import CacheError
+from fscache.fetch import demand as module
+from fscache.fetch.demand import Complaints, Demand, Piece
+from fscache.fetch.fetcher import Fetcher, FetcherOptions
 from fscache.metrics import CacheMetrics
 from tests.leftovers import said
 
@@ -103,10 +103,10 @@ def test_complaints_are_told_once_in_a_while(monkeypatch, caplog):
         complaints.tell("a", "broken")
     complaints.tell("b", "broken")
     complaints.tell("a", "other")
-    assert len(said(caplog, "fscache.demand")) == 3
+    assert len(said(caplog, "fscache.fetch.demand")) == 3
     now += 11
     complaints.tell("a", "broken")
-    assert len(said(caplog, "fscache.demand")) == 4
+    assert len(said(caplog, "fscache.fetch.demand")) == 4
     for number in range(3000):
         complaints.tell(number, "x")
     assert len(complaints._told) <= 1000

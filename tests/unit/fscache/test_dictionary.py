@@ -9,10 +9,10 @@ from erofs.errors import CorruptStructure, FormatError
 from erofs.rafs import BlobFeatures
 from fscache.backend import Unavailable
 from fscache.backend.retry import RetryPolicy
-from fscache.cachedblob import CachedBlob
-from fscache.dictionary import resolve
+from fscache.cache.cachedblob import CachedBlob
+from fscache.cache.dictionary import resolve
+from fscache.cache.plan import BlobPlan
 from fscache.metrics import CacheMetrics
-from fscache.plan import BlobPlan
 
 SIZES = [CHUNK_SIZE, 100, 5000, CHUNK_SIZE]
 RETRY = RetryPolicy(attempts=2, first_delay=0.001)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fscache.doctor import diagnose
-from fscache.doctor_checks import Verdict
-from fscache.doctor_facts import CAP_SYS_ADMIN, CAP_SYS_RESOURCE, Facts, parse_config
+from fscache.doctor.checks import Verdict
+from fscache.doctor.facts import CAP_SYS_ADMIN, CAP_SYS_RESOURCE, Facts, parse_config
+from fscache.doctor.report import diagnose
 from fscache.probe import Finding
 
 CONFIG = {

@@ -12,9 +12,9 @@ from erofs.errors import CodecError, IntegrityError, NydusError, OutOfBounds
 from erofs.rafs import Compressor, Digester
 from fscache.backend import BackendError, HttpProxyConfig, ShortRead, Unavailable, open_backend
 from fscache.backend.retry import RetryPolicy
-from fscache.cachedblob import CachedBlob
-from fscache.cachefile import CacheError
-from fscache.fetcher import Fetcher, FetcherOptions
+from fscache.cache.cachedblob import CachedBlob
+from fscache.cache.cachefile import CacheError
+from fscache.fetch.fetcher import Fetcher, FetcherOptions
 from fscache.metrics import CacheMetrics
 
 SIZES = [CHUNK_SIZE] * 6 + [100, 5000] + [CHUNK_SIZE] * 8

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from fscache import fetcher as fetcher_module
 from fscache import heartbeat
-from fscache.fetcher import Fetcher, FetcherOptions
+from fscache.fetch import fetcher as fetcher_module
+from fscache.fetch.fetcher import Fetcher, FetcherOptions
+from fscache.fetch.pool import WorkerPool
 from fscache.heartbeat import Heartbeat
-from fscache.pool import WorkerPool
 
 
 def test_one_late_loop_is_enough(monkeypatch):

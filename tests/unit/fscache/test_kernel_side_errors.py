@@ -9,8 +9,8 @@ from erofs.layout import SUPERBLOCK_MAGIC, DeviceSlot, Superblock
 from erofs.view import View
 from fscache import kernel, probe
 from fscache.channel import ChannelError, fanotify
-from fscache.loop import _CONFIG
-from fscache.mount import MountError, _mount_error
+from fscache.mounts.loop import _CONFIG
+from fscache.mounts.mount import MountError, _mount_error
 from fscache.probe_image import BLOB_SIZE, build_probe_image
 
 

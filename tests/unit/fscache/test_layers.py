@@ -9,13 +9,13 @@ from fakes.memory_reader import MemoryReader
 
 from erofs.errors import CodecError, CorruptStructure, IntegrityError, NydusError
 from fscache.backend.retry import RetryPolicy
-from fscache.cachedblob import CachedBlob
-from fscache.fetcher import Fetcher, FetcherOptions
-from fscache.layer import open_reader, tables_of
+from fscache.cache.cachedblob import CachedBlob
+from fscache.cache.layer import open_reader, tables_of
+from fscache.cache.plan import read_plan
+from fscache.fetch.fetcher import Fetcher, FetcherOptions
+from fscache.fetch.streamprefetch import StreamPrefetch
 from fscache.metrics import CacheMetrics
-from fscache.plan import read_plan
 from fscache.settings import PrefetchConfig
-from fscache.streamprefetch import StreamPrefetch
 
 SIZES = [10, 100_000, 700_000, 1, 2_500_000, 4096, 1_300_000]
 FILES = [content(size, seed) for seed, size in enumerate(SIZES)]

@@ -10,9 +10,11 @@ from fakes.built import built, member, tar_of
 from fakes.nbd_client import NbdClient
 
 from erofs.errors import NydusError
-from fscache.apimessage import Request
+from fscache.api.message import Request
+from fscache.api.routes import answer
 from fscache.backend import LocalFsConfig
-from fscache.cli import main
+from fscache.cache.plan import PlanError
+from fscache.cli.nydusd import main
 from fscache.config import DaemonConfig
 from fscache.lifecycle import State
 from fscache.nbd import daemon as nbd_daemon
@@ -20,8 +22,6 @@ from fscache.nbd.daemon import NbdDaemon, NbdOptions
 from fscache.nbd.device import identifier_of
 from fscache.nbd.errors import DeviceError
 from fscache.nbd.listener import ListenerError
-from fscache.plan import PlanError
-from fscache.routes import answer
 
 DATA = b"".join(b"%07d\n" % number for number in range(20_000))
 

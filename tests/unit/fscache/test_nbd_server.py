@@ -9,7 +9,7 @@ import pytest
 from fakes.nbd_client import CACHE, DF, DISC, FLUSH, READ, TRIM, WRITE, NbdClient, option, request
 
 from erofs.errors import CodecError
-from fscache.cachefile import CacheError
+from fscache.cache.cachefile import CacheError
 from fscache.nbd.disk import Disk, FileSource, Segment, Slice
 from fscache.nbd.protocol import MAX_PAYLOAD, ProtocolError
 from fscache.nbd.server import DISK_FLAGS, DiskServer

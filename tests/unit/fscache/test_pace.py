@@ -2,7 +2,7 @@
 
 import threading
 
-from fscache.pace import Pace
+from fscache.fetch.pace import Pace
 
 
 class Clock:

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from fscache.pool import WorkerPool
+from fscache.fetch.pool import WorkerPool
 
 
 @pytest.fixture

@@ -14,20 +14,20 @@ from erofs import open_bootstrap
 from erofs.rafs import Compressor
 from fscache.backend import Unavailable
 from fscache.backend.retry import RetryPolicy
-from fscache.cachedblob import CachedBlob
-from fscache.fetcher import Fetcher, FetcherOptions
-from fscache.metrics import CacheMetrics
-from fscache.plan import read_plan
-from fscache.prefetch import MAX_FAILURES, Prefetch
-from fscache.prefetchlist import (
+from fscache.cache.cachedblob import CachedBlob
+from fscache.cache.plan import read_plan
+from fscache.cache.tarpieces import PIECE_BYTES
+from fscache.fetch.fetcher import Fetcher, FetcherOptions
+from fscache.fetch.prefetch import MAX_FAILURES, Prefetch
+from fscache.fetch.prefetchlist import (
     PrefetchListError,
     check_paths,
     chunks_below,
     listed_nids,
     read_prefetch_file,
 )
+from fscache.metrics import CacheMetrics
 from fscache.settings import PrefetchConfig
-from fscache.tarpieces import PIECE_BYTES
 from tests.leftovers import said
 
 CHUNK = 0x1000
@@ -130,7 +130,7 @@ def test_paths_in_their_order_and_once(rig, caplog):
     with open_bootstrap(rig.bootstrap) as image:
         found = listed_nids(image, [b"/f", b"/nowhere/x", b"//d/./x", b"/d/hard", b"/a", b"/f"])
     assert found == nids(rig, b"/f", b"/d/x", b"/a")
-    assert [record.getMessage() for record in said(caplog, "fscache.prefetchlist")] == [
+    assert [record.getMessage() for record in said(caplog, "fscache.fetch.prefetchlist")] == [
         "file to prefetch is not in the image: b'/nowhere/x'"
     ]
 

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fscache.apimessage import Request
+from fscache.api.exposition import exposition
+from fscache.api.message import Request
+from fscache.api.metricsserver import MetricsError, MetricsServer
+from fscache.api.prometheus import CONTENT_TYPE, Family, Histogram, Kind, Sample, render
+from fscache.api.routes import answer
 from fscache.backend.base import BackendError, BackendMetrics
-from fscache.exposition import exposition
 from fscache.lifecycle import State
 from fscache.metrics import CacheMetrics
-from fscache.metricsserver import MetricsError, MetricsServer
 from fscache.node import Entry, NodeDaemon, NodeOptions
-from fscache.prometheus import CONTENT_TYPE, Family, Histogram, Kind, Sample, render
-from fscache.routes import answer
 from fscache.tcpaddress import parse_address
 
 AWKWARD = 'a "b" \\ c\nd, e="f" {}\t\xe9'

@@ -9,14 +9,14 @@ from fakes.built import built, member, tar_of
 
 from erofs.errors import FormatError
 from erofs.reader import open_bootstrap
-from fscache.apimessage import Request
+from fscache.api.message import Request
+from fscache.api.routes import answer
 from fscache.blobentry import parse_blob_entry, parse_blob_list
 from fscache.blobs import BlobRegistry, RegistryError
 from fscache.cachefiles import device, service
 from fscache.cachefiles.errors import CachefilesError
 from fscache.config import ConfigError
 from fscache.lifecycle import StateError
-from fscache.routes import answer
 from fscache.singleton import SingletonDaemon, SingletonOptions
 from fscache.supervisor import SupervisorError
 

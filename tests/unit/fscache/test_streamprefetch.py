@@ -9,14 +9,14 @@ from fakes.blob_server import BlobServer
 from fakes.memory_reader import MemoryReader
 
 from erofs.rafs import Compressor
-from fscache import streamprefetch
 from fscache.backend import HttpProxyConfig, NotFound, open_backend
 from fscache.backend.retry import RetryPolicy
-from fscache.cachedblob import CachedBlob
-from fscache.fetcher import Fetcher, FetcherOptions
+from fscache.cache.cachedblob import CachedBlob
+from fscache.fetch import streamprefetch
+from fscache.fetch.fetcher import Fetcher, FetcherOptions
+from fscache.fetch.streamprefetch import StreamPrefetch
 from fscache.metrics import CacheMetrics
 from fscache.settings import PrefetchConfig
-from fscache.streamprefetch import StreamPrefetch
 
 SIZES = [CHUNK_SIZE] * 6 + [100, 5000] + [CHUNK_SIZE] * 8
 

@@ -2,7 +2,7 @@
 
 import random
 
-from fscache.streams import REMEMBERED, Streams
+from fscache.cache.streams import REMEMBERED, Streams
 
 
 def one(index):

@@ -10,10 +10,10 @@ from fakes.memory_reader import MemoryReader
 
 from erofs.errors import CorruptStructure, IntegrityError
 from erofs.rafs import BlobEntry, BlobFeatures, Compressor, Digester
-from fscache.cachedblob import CachedBlob
-from fscache.fetcher import Fetcher, FetcherOptions
+from fscache.cache.cachedblob import CachedBlob
+from fscache.cache.tarpieces import PIECE_BYTES, in_pieces
+from fscache.fetch.fetcher import Fetcher, FetcherOptions
 from fscache.metrics import CacheMetrics
-from fscache.tarpieces import PIECE_BYTES, in_pieces
 
 TAR = random.Random(1).randbytes(3 * PIECE_BYTES + 10240)
 ID = hashlib.sha256(TAR).hexdigest()

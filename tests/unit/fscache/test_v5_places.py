@@ -4,7 +4,7 @@ import pytest
 import tinyv5
 
 from erofs import CorruptStructure, open_rafs, translate
-from fscache.blobmap import BlobMap
+from fscache.cache.blobmap import BlobMap
 
 
 def placed(image):

@@ -5,10 +5,10 @@ import socket
 
 import pytest
 
-from fscache import cli
+from fscache.cli import nydusd as cli
+from fscache.cli.virtiofs import TREE
 from fscache.entry import NodeOptions
 from fscache.virtiofs import VirtiofsDaemon, VirtiofsError, enter_private_tree, find_virtiofsd
-from fscache.virtiofs_cli import TREE
 
 
 def options_of(monkeypatch, *words):

@@ -4,10 +4,10 @@ import pytest
 from fakes.blob_image import Blob
 
 from erofs.rafs import Compressor
-from fscache.blobmap import BlobMap
-from fscache.chunkmap import ChunkMap
-from fscache.outstanding import NOBODY
-from fscache.window import Window
+from fscache.cache.blobmap import BlobMap
+from fscache.cache.chunkmap import ChunkMap
+from fscache.cache.window import Window
+from fscache.fetch.outstanding import NOBODY
 
 SIZE = 8192
 COUNT = 2000

@@ -26,7 +26,7 @@ CHECKOUT = Path(__file__).parents[3]
 # Imports once and forks for each daemon: in an emulated processor a start takes many seconds.
 _LAUNCHER = """
 import importlib, json, os, sys
-import fscache.api, fscache.cli, fscache.backend.http
+import fscache.api.server, fscache.cli.nydusd, fscache.backend.http
 for name in sys.argv[1:]:
     importlib.import_module(name)
 for line in sys.stdin:
@@ -43,7 +43,7 @@ for line in sys.stdin:
         os.dup2(log, 2)
         status = 1
         try:
-            status = fscache.cli.main(request["words"])
+            status = fscache.cli.nydusd.main(request["words"])
         finally:
             os._exit(status)
     print(pid, flush=True)

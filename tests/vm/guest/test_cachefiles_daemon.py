@@ -29,8 +29,8 @@ from cachefiles_node import (
 )
 from cachefiles_rig import mount_now
 
-from fscache.doctor import diagnose
-from fscache.doctor_facts import gather
+from fscache.doctor.facts import gather
+from fscache.doctor.report import diagnose
 
 KILLS = 3
 PIECES = 16

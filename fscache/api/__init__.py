@@ -1,0 +1,1 @@
+"""The HTTP API: requests to answers, and the sockets that it is served on."""

@@ -1,0 +1,1 @@
+"""The command lines of `nydusd` and `nydus-backend-proxy`."""

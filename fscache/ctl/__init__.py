@@ -1,0 +1,1 @@
+"""`nydusctl`, a client of the API; it uses nothing of the daemon."""

@@ -1,0 +1,1 @@
+"""`nydusd doctor`: what this machine can do."""

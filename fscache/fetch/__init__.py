@@ -1,0 +1,1 @@
+"""Who fetches which chunk when: on demand and in the background."""

@@ -1,0 +1,1 @@
+"""Mounts of the kernel, whatever they hold, and the directories that they are made at."""

@@ -64,7 +64,7 @@ def run(*words):
 class Served:
     """A daemon at a socket; `blobs` None takes them from their directory."""
 
-    def __init__(self, serving, image, backend=None):
+    def __init__(self, serving, image, backend=None, amplify=1 << 20):
         self.serving = serving
         directory = serving.directory
         self.socket = directory / "nbd.sock"
@@ -78,6 +78,7 @@ class Served:
                 "version": 2,
                 "backend": backend or {"type": "localfs", "localfs": {"dir": str(image.blob_dir)}},
                 "cache": {"type": "filecache", "filecache": {"work_dir": str(cache)}},
+                "rafs": {"batch_size": amplify},
                 "metadata_path": str(image.bootstrap),
             },
         }
@@ -209,7 +210,8 @@ def test_failures_are_errors_and_pass(serving, image, disk):
 def test_only_what_is_read_is_fetched(serving, image, disk):
     server = serving.stack.enter_context(BlobServer(image.blobs()))
     address = {"addr": server.address, "path": "/blobs", "timeout": TIMEOUT}
-    served = Served(serving, image, {"type": "http-proxy", "http-proxy": address})
+    backend = {"type": "http-proxy", "http-proxy": address}
+    served = Served(serving, image, backend, amplify=0)
     client = served.client()
     data = disk.read_bytes()
     with open(image.bootstrap, "rb") as file:

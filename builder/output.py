@@ -49,7 +49,8 @@ class OutputFile:
         except OSError as error:
             raise BuildError(f"cannot be written ({error.strerror})", path=target) from error
         self._file = os.fdopen(descriptor, "wb", buffering=_BUFFER_BYTES)
-        self._begun = 0
+        # Up to where the disk was given its share, and how much came since.
+        self._begun = self._fresh = 0
 
     @property
     def is_file(self) -> bool:
@@ -60,6 +61,7 @@ class OutputFile:
         """Append bytes; raise `BuildError`."""
         try:
             self._file.write(data)
+            self._begin_writeback(len(data))
         except OSError as error:
             raise self._failed(error) from error
 
@@ -76,12 +78,18 @@ class OutputFile:
                 if rest < len(piece):
                     self._file.write(memoryview(piece)[rest:])
                 rest = max(rest - len(piece), 0)
-            position = self._file.tell()
-            if position - self._begun >= WRITEBACK_BYTES:
-                begin_writeback(self._file.fileno(), self._begun, position - self._begun)
-                self._begun = position
+            self._begin_writeback(sum(map(len, pieces)))
         except OSError as error:
             raise self._failed(error) from error
+
+    def _begin_writeback(self, size: int) -> None:
+        """Give the disk its share when so many bytes more make it worth it; raise `OSError`."""
+        self._fresh += size
+        if self._fresh >= WRITEBACK_BYTES and self._temporary is not None:
+            position = self._file.tell()
+            begin_writeback(self._file.fileno(), self._begun, position - self._begun)
+            self._begun = position
+            self._fresh = 0
 
     def _failed(self, error: OSError) -> BuildError:
         return BuildError(f"writing failed ({error.strerror})", path=self._target)

@@ -32,13 +32,17 @@ def test_a_library_without_it_is_left_alone(monkeypatch):
     begin_writeback(-1, 0, 7)
 
 
-def test_every_part_is_begun_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "write",
+    [lambda file: file.write_all([bytes(30), bytes(40)]), lambda file: file.write(bytes(70))],
+)
+def test_every_part_is_begun_once(tmp_path, monkeypatch, write):
     begun = []
     monkeypatch.setattr(output, "begin_writeback", lambda fd, *place: begun.append(place))
     monkeypatch.setattr(output, "WRITEBACK_BYTES", 100)
     with OutputFile(tmp_path / "file", 0o644) as file:
         for _ in range(5):
-            file.write_all([bytes(30), bytes(40)])
+            write(file)
         file.commit()
     assert begun == [(0, 140), (140, 140)]
     assert (tmp_path / "file").stat().st_size == 350

@@ -26,18 +26,23 @@ def _blake3() -> Any:
 
 @cache
 def _crc32c() -> Any:
-    """Return the function of the package's extension.
+    """Return the function of the package, out of its extension where that can be found.
 
     The package itself loads `importlib.metadata`, for its version alone, which takes 25 ms.
     """
     package = PathFinder.find_spec("crc32c")
     places = None if package is None else package.submodule_search_locations
     found = None if places is None else PathFinder.find_spec("_crc32c", list(places))
-    if found is None or found.loader is None:
-        raise CodecError("the Python package crc32c is not installed")
-    extension = module_from_spec(found)
-    found.loader.exec_module(extension)
-    return extension.crc32c
+    try:
+        if found is None or found.loader is None:
+            from crc32c import crc32c
+
+            return crc32c
+        extension = module_from_spec(found)
+        found.loader.exec_module(extension)
+        return extension.crc32c
+    except ImportError as error:
+        raise CodecError(f"the Python package crc32c is not installed ({error})") from error
 
 
 def digest(algorithm: Digester, data: bytes | bytearray | memoryview) -> bytes:

@@ -2,12 +2,14 @@ import os
 import random
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 
 import lz4.block
 import pytest
 import zstandard
 
 from erofs import codec
+from erofs import digest as digest_module
 from erofs.codec import compress, decompress
 from erofs.digest import crc32c, digest
 from erofs.errors import CodecError
@@ -24,6 +26,16 @@ def test_digests_of_the_published_vectors():
         "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
     )
     assert crc32c(b"123456789") == 0xE3069283
+
+
+def test_crc32c_of_a_package_with_another_layout(monkeypatch):
+    find = PathFinder.find_spec
+    monkeypatch.setattr(
+        PathFinder,
+        "find_spec",
+        lambda name, *args: None if name == "_crc32c" else find(name, *args),
+    )
+    assert digest_module._crc32c.__wrapped__()(b"123456789") == 0xE3069283
 
 
 @pytest.mark.parametrize("algorithm", [Compressor.LZ4_BLOCK, Compressor.ZSTD])

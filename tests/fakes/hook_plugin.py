@@ -110,7 +110,9 @@ def main():
         print(LINES.get(mode, "1|1|unix|{path}|netrpc").format(path=path), flush=True)
         print("after the line", flush=True)
         print("to be logged", file=sys.stderr, flush=True)
-        Plugin(listener.accept()[0], mode).serve()
+        connection, _ = listener.accept()
+    # The directory is gone now: some of these are killed.
+    Plugin(connection, mode).serve()
 
 
 main()

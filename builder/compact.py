@@ -7,7 +7,7 @@ unused ones dropped. What chunk dictionaries or layers are kept for others stays
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +51,7 @@ class CompactOptions:
         max_compact_size: how large a joined blob may be.
         layers_to_compact: nothing is done to images with fewer blobs.
         chunk_dict: bootstrap whose blobs stay, and whose chunks are referred to instead.
+        progress: called with the number of content bytes after each chunk that is copied.
     """
 
     bootstrap: Path
@@ -60,6 +61,7 @@ class CompactOptions:
     max_compact_size: int = 100 << 20
     layers_to_compact: int = 0
     chunk_dict: Path | None = None
+    progress: Callable[[int], None] | None = None
 
 
 @dataclass(slots=True)
@@ -194,9 +196,9 @@ class _Compactor:
     ) -> tuple[BlobCopy, BlobEntry]:
         """Copy the used chunks of a group, blob by blob, each in its order."""
         encrypted = any(is_encrypted(self._image.blobs[member]) for member in group.members)
-        form = self._image.form(encrypted=encrypted)
+        form, reader = self._image.form(encrypted=encrypted), self._image.reader(blobs)
         copy = stack.enter_context(
-            BlobCopy(self._options.blob_dir, form, self._image.reader(blobs))
+            BlobCopy(self._options.blob_dir, form, reader, self._options.progress)
         )
         # Blobs that become one may have chunks in common.
         twins: dict[tuple[bytes, int], Chunk] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,10 +48,14 @@ class FileRanges(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class OptimizeOptions:
-    """Where the results go: the metadata, and the directory of the new blob."""
+    """Where the results go: the metadata, and the directory of the new blob.
+
+    `progress` is called with the number of content bytes after each chunk that is copied.
+    """
 
     bootstrap: Path
     blob_dir: Path
+    progress: Callable[[int], None] | None = None
 
 
 def parse_files(text: str) -> list[FileRanges]:
@@ -131,7 +135,7 @@ def optimize(
     touched = {node.chunks[number].blob_index for node, number in places}
     encrypted = any(is_encrypted(image.blobs[index]) for index in touched)
     form = image.form(encrypted=encrypted, framed=True)
-    with BlobCopy(options.blob_dir, form, image.reader(blobs)) as copy:
+    with BlobCopy(options.blob_dir, form, image.reader(blobs), options.progress) as copy:
         # The originals stay alive, so that no other chunk gets their identity.
         twins: dict[int, tuple[Chunk, Chunk]] = {}
         for node, number in places:

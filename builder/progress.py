@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 
 from erofs.console import ProgressLine
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "counted", "progress_during"]
 
 
 class Progress:
@@ -35,3 +36,18 @@ class Progress:
     def end(self) -> None:
         """Take the line away again."""
         self._line.end()
+
+
+def progress_during(stack: ExitStack, what: str) -> Callable[[int], None] | None:
+    """Return the function that tells bytes on a terminal; the line is gone with the stack."""
+    progress = Progress(what)
+    stack.callback(progress.end)
+    return progress.callback()
+
+
+def counted(pieces: Iterable[bytes], progress: Callable[[int], None] | None) -> Iterator[bytes]:
+    """Give pieces on, and tell their lengths."""
+    for piece in pieces:
+        if progress is not None:
+            progress(len(piece))
+        yield piece

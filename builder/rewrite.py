@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,13 +125,21 @@ class BlobCopy:
         directory: where the blob will be, under its id.
         form: how it is written.
         reader: of the chunks as they are.
+        progress: called with the number of content bytes after each chunk.
     """
 
-    def __init__(self, directory: Path, form: BlobFormat, reader: ChunkReader) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        form: BlobFormat,
+        reader: ChunkReader,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
         if not directory.is_dir():
             raise BuildError("directory to store blobs does not exist", path=directory)
         self._form = form
         self._reader = reader
+        self._progress = progress
         self._output = OutputFile(directory, BLOB_MODE)
         self._writer = BlobWriter(self._output, form)
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, "copy")
@@ -158,6 +166,8 @@ class BlobCopy:
         twin, data, job = self._queue.popleft()
         self._in_flight -= len(data)
         self._writer.add_chunk(twin, data, job.result())
+        if self._progress is not None:
+            self._progress(len(data))
 
     def seal(self) -> BlobEntry:
         """End the blob and return its table entry; raise `BuildError`."""

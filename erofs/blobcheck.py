@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -273,7 +273,7 @@ class _BlobCheck:
         if expected not in (without.hexdigest(), whole.hexdigest()):
             self.out.warn(f"blob id {expected}: by content it is {without.hexdigest()}")
 
-    def check_data(self) -> Iterator[Finding]:
+    def check_data(self, progress: Callable[[int], None] | None) -> Iterator[Finding]:
         """Decompress every chunk, one at a time, and compare digest and CRC."""
         if self.table is None:
             return
@@ -290,6 +290,8 @@ class _BlobCheck:
                     raise IntegrityError("wrong digest")
                 elif promise.crc32c is not None and crc32c(data) != promise.crc32c:
                     raise IntegrityError("wrong CRC-32C")
+                if progress is not None:
+                    progress(len(data))
             yield from self.out.drain()
         if unknown:
             count = len(self.table.entries)
@@ -334,6 +336,7 @@ def check_blob(
     *,
     tables: ReadAt | None = None,
     data: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> Iterator[Finding]:
     """Yield what is wrong with a data blob; nothing means that readers take it.
 
@@ -349,6 +352,7 @@ def check_blob(
         tables: has the tables of a blob that is an original layer; without it that is not
             checked.
         data: read every chunk.
+        progress: called with the number of content bytes after each good chunk.
 
     Raises:
         OSError: `blob` cannot be read.
@@ -378,4 +382,4 @@ def check_blob(
             step()
         yield from out.drain()
     if data:
-        yield from check.check_data()
+        yield from check.check_data(progress)

@@ -7,11 +7,12 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 __all__ = [
     "LOG_LEVELS",
     "CommandParser",
+    "ConsoleHandler",
     "ProgressLine",
     "log_path",
     "log_to",
@@ -40,6 +41,18 @@ class CommandParser(argparse.ArgumentParser):
         usage = " ".join(self.format_usage().split())
         usage = usage[:1].upper() + usage[1:]
         self.exit(2, f"error: {message}\n\n{usage}\n\nFor more information, try '--help'.\n")
+
+
+class ConsoleHandler(logging.StreamHandler[TextIO]):
+    """Standard error; on a terminal a line takes the place of the progress that stands there."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self._clear = "\r\033[K" if sys.stderr.isatty() else ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record, behind what clears the terminal's."""
+        return self._clear + super().format(record)
 
 
 class _Formatter(logging.Formatter):
@@ -74,7 +87,7 @@ def log_to(handler: logging.Handler, level: str) -> None:
 
 def set_up_logging(level: str, path: Path | None) -> None:
     """Send the log to standard error, or to a file (see `log_path`); raise `OSError`."""
-    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = ConsoleHandler()
     if path is not None:
         handler = logging.FileHandler(log_path(path))
     log_to(handler, level)

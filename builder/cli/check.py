@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,12 +63,16 @@ def run(arguments: argparse.Namespace) -> int:
     with open_any_bootstrap(path, inlined=takes_inlined(arguments)) as image:
         log_features(image)
         ids = blob_ids(image, path)
-        sound = _tell(_check(image))
+        progress = Progress("checking", "names")
+        found = check_image(image, progress.callback())
+        sound = _tell(progress, (("", finding) for finding in found))
         seconds = {"load_tree_from_bootstrap": time.monotonic() - start}
         if sound and arguments.data:
             with closing(_backend(arguments)) as backend:
-                findings = check_data(image, ids, backend, path)
-                sound = _tell((f"blob {blob_id}: ", finding) for blob_id, finding in findings)
+                progress = Progress("reading")
+                findings = check_data(image, ids, backend, path, progress=progress.callback())
+                about = ((f"blob {blob_id}: ", finding) for blob_id, finding in findings)
+                sound = _tell(progress, about)
         if not sound:
             return 1
         _list(image, ids, arguments.verbose)
@@ -85,33 +89,29 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check(image: AnyBootstrap) -> Iterator[tuple[str, Finding]]:
-    """Check the metadata; the progress line is away while a finding is printed."""
-    progress = Progress("checking", "names")
-    try:
-        for finding in check_image(image, progress.callback()):
-            progress.end()
-            yield "", finding
-    finally:
-        progress.end()
-
-
 def _backend(arguments: argparse.Namespace) -> Backend:
     if arguments.blob_dir is not None:
         return blob_directory(arguments.blob_dir)
     return open_backend(daemon_backend(arguments.config))
 
 
-def _tell(findings: Iterable[tuple[str, Finding]]) -> bool:
-    """Print findings behind what they are about; return whether none is an error."""
+def _tell(progress: Progress, findings: Iterable[tuple[str, Finding]]) -> bool:
+    """Print findings behind what they are about; return whether none is an error.
+
+    The progress line of finding them is away while one is printed, and at the end.
+    """
     sound = True
-    for about, finding in findings:
-        text = about + str(finding).removeprefix(f"{finding.severity}: ")
-        if finding.severity == ERROR:
-            sound = False
-            print(f"Error: {text}", file=sys.stderr)
-        else:
-            logger.warning("%s", text)
+    try:
+        for about, finding in findings:
+            progress.end()
+            text = about + str(finding).removeprefix(f"{finding.severity}: ")
+            if finding.severity == ERROR:
+                sound = False
+                print(f"Error: {text}", file=sys.stderr)
+            else:
+                logger.warning("%s", text)
+    finally:
+        progress.end()
     return sound
 
 

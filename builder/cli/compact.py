@@ -11,6 +11,7 @@ from builder.chunkdict import dictionary_path
 from builder.cli.backendwords import add_backend_type, described_backend
 from builder.cli.common import number
 from builder.compact import CompactOptions, compact
+from builder.progress import Progress
 from builder.report import report, write_report
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     source: Path = arguments.bootstrap
     local = blob_directory(arguments.blob_dir)
     remote = described_backend(arguments)
+    progress = Progress("compacting")
     try:
         result = compact(
             source,
@@ -84,9 +86,11 @@ def run(arguments: argparse.Namespace) -> int:
                 max_compact_size=arguments.max_compact_size,
                 layers_to_compact=arguments.layers_to_compact,
                 chunk_dict=dictionary_path(arguments.chunk_dict) if arguments.chunk_dict else None,
+                progress=progress.callback(),
             ),
         )
     finally:
+        progress.end()
         local.close()
         if remote is not None:
             remote.close()

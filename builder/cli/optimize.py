@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from builder.cli.backendwords import add_backend_type, add_blob, chosen_backend
 from builder.errors import BuildError
 from builder.optimize import OptimizeOptions, optimize, parse_files
+from builder.progress import Progress
 from builder.report import report, write_report
 
 if TYPE_CHECKING:
@@ -60,14 +61,18 @@ def run(arguments: argparse.Namespace) -> int:
             raise BuildError(f"missing parameter `{name.replace('_', '-')}`")
     files = parse_files(_text(arguments.prefetch_files))
     backend = chosen_backend(arguments)
+    progress = Progress("optimizing")
     try:
         result = optimize(
             arguments.bootstrap,
             files,
             backend,
-            OptimizeOptions(arguments.output_bootstrap, arguments.output_blob_dir),
+            OptimizeOptions(
+                arguments.output_bootstrap, arguments.output_blob_dir, progress.callback()
+            ),
         )
     finally:
+        progress.end()
         backend.close()
     if arguments.output_json is not None:
         content = report(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from builder.oci.names import host_platform, matches, parse_platforms
 from builder.oci.place import Source, Target
 from builder.oci.records import Descriptor, Index, Manifest, check_digest, describe
 from builder.oci.transfer import resumed_pieces
+from builder.progress import counted
 from fscache.backend import Backend
 
 __all__ = ["copy_image", "copy_layers", "original_layers"]
@@ -27,8 +28,12 @@ logger = logging.getLogger(__name__)
 
 _BLOBS_AT_ONCE = 3
 
+_Progress = Callable[[int], None] | None
 
-def copy_layers(source: Source, target: Target, descriptors: Sequence[Descriptor]) -> None:
+
+def copy_layers(
+    source: Source, target: Target, descriptors: Sequence[Descriptor], progress: _Progress = None
+) -> None:
     """Copy blobs, several at once, unless they are there; raise `NydusError`."""
     blobs = {one.digest: one for one in descriptors}
 
@@ -37,7 +42,7 @@ def copy_layers(source: Source, target: Target, descriptors: Sequence[Descriptor
             # What a Nydus layer refers to comes without a length.
             size = source.open(descriptor.hex).size()
             descriptor = replace(descriptor, size=size)
-        copy_blob(source, target, descriptor)
+        copy_blob(source, target, descriptor, progress)
 
     with ThreadPoolExecutor(_BLOBS_AT_ONCE, "copy") as pool:
         list(pool.map(copy, blobs.values()))
@@ -50,17 +55,20 @@ def original_layers(manifest: Manifest) -> list[Descriptor]:
 
 
 class _Copier:
-    def __init__(self, source: Source, target: Target, blobs: Backend | None) -> None:
+    def __init__(
+        self, source: Source, target: Target, blobs: Backend | None, progress: _Progress
+    ) -> None:
         self._source = source
         self._target = target
         self._blobs = blobs
+        self._progress = progress
 
     def image(self, descriptor: Descriptor, *, named: bool) -> Descriptor:
         """Copy one manifest and all that it refers to."""
         data = self._source.document(descriptor)
         manifest = Manifest.parse(data, descriptor.media_type)
         blobs = [manifest.config, *manifest.layers, *original_layers(manifest)]
-        copy_layers(self._source, self._target, blobs)
+        copy_layers(self._source, self._target, blobs, self._progress)
         if self._blobs is not None and manifest.bootstrap is not None:
             data = self._with_blobs(self._blobs, manifest, manifest.bootstrap)
             descriptor = replace(
@@ -91,7 +99,8 @@ class _Copier:
         ]
         for one in layers:
             logger.info("pushing blob from backend digest=%s", one.digest)
-            self._target.put(one, resumed_pieces(blobs.open(one.hex), one))
+            pieces = resumed_pieces(blobs.open(one.hex), one)
+            self._target.put(one, counted(pieces, self._progress))
         config = ImageConfig.parse(self._source.document(old.config))
         diff_ids = [*(one.digest for one in layers), *config.diff_ids]
         packed = config.with_layers(diff_ids, config.history).pack()
@@ -117,19 +126,21 @@ def copy_image(
     platforms: str = "",
     all_platforms: bool = False,
     blobs: Backend | None = None,
+    progress: _Progress = None,
 ) -> Descriptor:
     """Copy an image, or the images of an index for the wanted platforms.
 
     What is copied whole keeps its digest; of a part of an index a new one is made. The original
     layers that a zran image refers to are copied, too. With `blobs`, a storage backend, the data of
-    Nydus images is brought from there and becomes layers.
+    Nydus images is brought from there and becomes layers. `progress` is called with
+    numbers of bytes.
 
     Raises:
         ImageError: the index lacks a platform.
         NydusError: something cannot be read or stored.
     """
     top = source.resolve()
-    copier = _Copier(source, target, blobs)
+    copier = _Copier(source, target, blobs, progress)
     if not media.is_index(top.media_type):
         return copier.image(top, named=True)
     data = source.document(top)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
 from typing import BinaryIO, NamedTuple, cast
@@ -23,6 +23,7 @@ from builder.oci.records import Descriptor
 from builder.oci.upload import UploadLost
 from builder.options import BuildOptions, SourceType
 from builder.prefetch import PrefetchPolicy
+from builder.progress import counted
 from builder.source.options import SourceOptions, WhiteoutSpec
 from erofs.errors import error_context
 
@@ -143,9 +144,17 @@ def _convert(
     return descriptor, undescribed
 
 
-def copy_blob(source: Source, target: BlobStore, descriptor: Descriptor) -> None:
-    """Bring a blob from one place to another, by the shortest way; raise `NydusError`."""
+def copy_blob(
+    source: Source,
+    target: BlobStore,
+    descriptor: Descriptor,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Bring a blob from one place to another, by the shortest way; raise `NydusError`.
+
+    `progress` is called with numbers of bytes that were read.
+    """
     if target.has(descriptor) or target.mount(descriptor, source):
         return
     with closing(source.pieces(descriptor)) as pieces:
-        target.put(descriptor, pieces)
+        target.put(descriptor, counted(pieces, progress))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +47,7 @@ def optimize_image(
     files: str,
     work: Path,
     store: BlobStore | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Descriptor:
     """Put the chunks of chosen files into one blob more, and publish the image that has it.
 
@@ -57,6 +58,7 @@ def optimize_image(
         files: the list, in JSON (spec tools 2.10).
         work: a scratch directory.
         store: where the image's data is, if not beside it; the new blob is put there.
+        progress: called with numbers of bytes that are copied into that blob, or elsewhere.
 
     Raises:
         NydusError: the image cannot be read, is none of Nydus, or a list that is none.
@@ -70,13 +72,13 @@ def optimize_image(
     extract_bootstrap(source.pieces(layer), layer, bootstrap)
     logger.info("begin to build new prefetch blob and bootstrap")
     made = work / "optimized_bootstrap"
-    result = optimize(bootstrap, wanted, store or source, OptimizeOptions(made, work))
+    result = optimize(bootstrap, wanted, store or source, OptimizeOptions(made, work, progress))
     if result.blob_path is None:
         raise ImageError("no file of the list is in the image: there is nothing to optimise")
     logger.info("build success for prefetch blob : %s", result.blob_path.name)
     blobs = [one for one in old.layers if not one.is_bootstrap]
     for one in blobs:
-        copy_blob(source, target, one)
+        copy_blob(source, target, one, progress)
     upload = (store or target).begin()
     with result.blob_path.open("rb") as file:
         while piece := file.read(1 << 20):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from builder.oci.media import NYDUS_BLOB
 from builder.oci.objects import ObjectBlobs, object_backend
 from builder.oci.records import Descriptor
 from builder.options import BuildResult
+from builder.progress import progress_during
 from builder.report import owner_events, report, write_report
 from fscache.backend import ObjectStoreConfig
 from fscache.backend.retry import RetryPolicy
@@ -77,7 +78,7 @@ def run(values: Values, environment: Mapping[str, str]) -> int:
         parent = Path(values.text("parent-bootstrap")) if values.text("parent-bootstrap") else None
         if bucket is not None and values.flag("compact") and parent is not None:
             parent = _compacted(values, parent, output, bucket.blobs, stack)
-        result = _build(values, output, name, parent)
+        result = _build(values, output, name, parent, progress_during(stack, "chunking"))
         if pushes or parent is not None:
             _rename_blob(result, output)
         if bucket is not None and pushes:
@@ -86,7 +87,13 @@ def run(values: Values, environment: Mapping[str, str]) -> int:
     return 0
 
 
-def _build(values: Values, output: Path, name: str, parent: Path | None) -> BuildResult:
+def _build(
+    values: Values,
+    output: Path,
+    name: str,
+    parent: Path | None,
+    progress: Callable[[int], None] | None,
+) -> BuildResult:
     dictionary = values.text("chunk-dict")
     result = build(
         Path(values.text("source-dir")),
@@ -97,6 +104,7 @@ def _build(values: Values, output: Path, name: str, parent: Path | None) -> Buil
             chunk_size=number(values, "chunk-size"),
             chunk_dict=dictionary_path(dictionary) if dictionary else None,
             parent_bootstrap=parent,
+            progress=progress,
         ),
     )
     _report(output / "output.json", result, owner_events())
@@ -154,6 +162,7 @@ def _compacted(
             bootstrap=Path(f"{parent}.compact"),
             blob_dir=output,
             chunk_dict=dictionary_path(dictionary) if dictionary else None,
+            progress=progress_during(stack, "compacting"),
             **compact_settings(values.text("compact-config-file")),
         ),
     )

@@ -13,7 +13,7 @@ from builder.nydusify.places import Places
 from builder.nydusify.stores import blob_reader, store_values
 from builder.oci.errors import ImageError
 from builder.oci.place import Source
-from builder.progress import Progress
+from builder.progress import progress_during
 from builder.proof.checking import (
     CheckedImage,
     check_bootstrap,
@@ -117,11 +117,9 @@ def _check(
 
     with _rule("filesystem"):
         logger.info("comparing filesystem")
-        progress = Progress("reading")
-        stack.callback(progress.end)
         check_tree(
             source, bootstrap, blobs, mounted if values.flag("mount") else None,
-            progress.callback(),
+            progress_during(stack, "reading"),
         )  # fmt: skip
 
 

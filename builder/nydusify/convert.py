@@ -28,7 +28,7 @@ from builder.oci.names import parse_reference
 from builder.oci.place import BlobStore, Source, Target
 from builder.oci.records import Manifest
 from builder.output import write_file
-from builder.progress import Progress
+from builder.progress import progress_during
 from builder.proof.prover import Prover, SourceReader
 from erofs.rafs import Compressor, Digester
 from erofs.version import VERSION
@@ -316,9 +316,7 @@ def _progress(values: Values, what: str, stack: ExitStack) -> Callable[[int], No
     """Return what tells bytes on a terminal; images of a list would write over each other."""
     if values.text("source-file"):
         return None
-    progress = Progress(what)
-    stack.callback(progress.end)
-    return progress.callback()
+    return progress_during(stack, what)
 
 
 def _patterns(values: Values) -> tuple[bytes, ...]:

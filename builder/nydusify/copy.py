@@ -11,6 +11,7 @@ from builder.convert.copying import copy_image
 from builder.nydusify.flags import Command, Flag, UsageError, Values
 from builder.nydusify.places import Places
 from builder.nydusify.stores import blob_reader
+from builder.progress import progress_during
 
 __all__ = ["COMMAND", "run"]
 
@@ -70,5 +71,8 @@ def run(values: Values, environment: Mapping[str, str]) -> int:
         )
         blobs = blob_reader(values, "source-backend", stack)
         logger.info("pulling source image %s", source.name)
-        copy_image(source, target, values.text("platform"), values.flag("all-platforms"), blobs)
+        copy_image(
+            source, target, values.text("platform"), values.flag("all-platforms"), blobs,
+            progress_during(stack, "copying"),
+        )  # fmt: skip
     return 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 import time
 from pathlib import Path
-from typing import TextIO
+
+from erofs.console import ConsoleHandler
 
 __all__ = ["LEVELS", "LogrusFormatter", "set_up_logging"]
 
@@ -50,20 +50,9 @@ def _quoted(text: str) -> str:
     return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 
-class _Console(logging.StreamHandler[TextIO]):
-    """Standard error; on a terminal a line takes the place of the progress that stands there."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stderr)
-        self._clear = "\r\033[K" if sys.stderr.isatty() else ""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return self._clear + super().format(record)
-
-
 def set_up_logging(level: int, path: Path | None) -> None:
     """Send the log to standard error, and to a file when one is named; raise `OSError`."""
-    handlers: list[logging.Handler] = [_Console()]
+    handlers: list[logging.Handler] = [ConsoleHandler()]
     if path is not None:
         handlers.append(logging.FileHandler(path))
     root = logging.getLogger()

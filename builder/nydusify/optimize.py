@@ -16,6 +16,7 @@ from builder.nydusify.places import Places
 from builder.nydusify.stores import blob_store
 from builder.oci import media
 from builder.oci.errors import ImageError
+from builder.progress import progress_during
 
 __all__ = ["COMMAND", "run"]
 
@@ -61,6 +62,7 @@ def run(values: Values, environment: Mapping[str, str]) -> int:
             raise ImageError(f"{source.name} is an index, one image is wanted")
         store = blob_store(values, "source-backend", work, places.retry, stack)
         start = time.monotonic()
-        optimize_image(source, target, top, files, work, store)
+        progress = progress_during(stack, "optimizing")
+        optimize_image(source, target, top, files, work, store, progress)
         logger.info("pushed new image, elapsed: %.6fs", time.monotonic() - start)
     return 0

@@ -129,13 +129,13 @@ def test_full_disk_is_named(registry, tmp_path):
     assert registry.repository("out").tags == {}
 
 
-def test_progress_is_for_terminals(registry, tmp_path):
-    registry.drip = 16 << 10
+def _shown(words):
+    """Run a command on a terminal; return what is shown."""
     master, slave = pty.openpty()
     try:
         process = subprocess.Popen(
-            _words(registry, tmp_path), cwd=REPOSITORY, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=slave,
+            words, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=slave,
         )  # fmt: skip
         os.close(slave)
         shown = b""
@@ -144,6 +144,12 @@ def test_progress_is_for_terminals(registry, tmp_path):
         assert process.wait(WAIT_SECONDS) == 0
     finally:
         os.close(master)
+    return shown
+
+
+def test_progress_is_for_terminals(registry, tmp_path):
+    registry.drip = 16 << 10
+    shown = _shown(_words(registry, tmp_path))
     assert re.search(rb"\rconverting: \d+ MB", shown)
     assert re.search(rb"\rcomparing: \d+ MB", shown)
     # Log lines stand on lines of their own.
@@ -152,6 +158,17 @@ def test_progress_is_for_terminals(registry, tmp_path):
         _words(registry, tmp_path), cwd=REPOSITORY, capture_output=True, timeout=120, check=True
     )
     assert b"\r" not in done.stderr + done.stdout
+
+
+def test_copy_and_build_show_progress(registry, tmp_path):
+    nydusify = [sys.executable, "-m", "builder.nydusify"]
+    source, target = f"{registry.host}/app:v1", f"oci:{tmp_path}/layout"
+    words = ["copy", "--plain-http", "--source", source, "--target", target]
+    assert re.search(rb"\rcopying: \d+ MB", _shown([*nydusify, *words]))
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "file").write_bytes(bytes(1 << 20))
+    words = ["build", "--source-dir", f"{tmp_path}/tree", "--output-dir", f"{tmp_path}/out"]
+    assert re.search(rb"\rchunking: \d+ MB", _shown([*nydusify, *words, "--name", "n"]))
 
 
 def _read(descriptor):

@@ -15,25 +15,44 @@ _CHUNK = 1 << 20
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Make a tar, and the image of it."""
+    """Make two tars, an image of one, and one of both, whose small blobs are worth joining."""
     top = tmp_path_factory.mktemp("progress")
-    with tarfile.open(top / "layer.tar", "w") as tar:
-        info = tarfile.TarInfo("file")
-        info.size = 2 * _CHUNK
-        tar.addfile(info, io.BytesIO(os.urandom(info.size)))
-    _run(_commands(top)["chunking"])
+    for name in ("layer", "upper"):
+        with tarfile.open(top / f"{name}.tar", "w") as tar:
+            info = tarfile.TarInfo(name)
+            info.size = 2 * _CHUNK
+            tar.addfile(info, io.BytesIO(os.urandom(info.size)))
+    (top / "meta").mkdir()
+    _run(_create(top, "layer"))
+    _run(_create(top, "upper"))
+    _run(_merge(top, "both", "layer", "upper"))
+    (top / "list.json").write_text('{"version": "v1", "files": [{"path": "/layer"}]}')
     return top
 
 
+def _create(top, layer):
+    # Merging takes the name of metadata for the id of its blob.
+    return ["create", "-t", "tar-rafs", "-B", str(top / "meta" / layer), "-D", str(top),
+            "--blob-id", layer, str(top / f"{layer}.tar")]  # fmt: skip
+
+
+def _merge(top, target, *layers):
+    sources = [str(top / "meta" / layer) for layer in layers]
+    return ["merge", "--bootstrap", str(top / target), *sources]
+
+
 def _commands(top):
-    image = ["--bootstrap", str(top / "boot"), "--blob-dir", str(top)]
+    image = ["--bootstrap", str(top / "meta" / "layer"), "--blob-dir", str(top)]
     return {
-        "chunking": ["create", "-t", "tar-rafs", "-B", str(top / "boot"), "-D", str(top),
-                     str(top / "layer.tar")],
-        "merging": ["merge", "--bootstrap", str(top / "merged"), str(top / "boot")],
-        "checking": ["check", "--bootstrap", str(top / "boot")],
+        "chunking": _create(top, "layer"),
+        "merging": _merge(top, "merged", "layer"),
+        "checking": ["check", *image],
         "unpacking": ["unpack", *image, "--output", str(top / "unpacked")],
-        "exporting": ["export", "--block", "-B", str(top / "boot"), "-D", str(top), "-O",
+        "reading": ["check", *image, "--data"],
+        "compacting": ["compact", "-B", str(top / "both"), "-D", str(top), "-O", str(top / "new")],
+        "optimizing": ["optimize", *image, "--prefetch-files", str(top / "list.json"), "-O",
+                       str(top / "optimized"), "--output-blob-dir", str(top)],
+        "exporting": ["export", "--block", "-B", str(top / "both"), "-D", str(top), "-O",
                       str(top / "disk")],
     }  # fmt: skip
 
@@ -63,7 +82,11 @@ def _drained(terminal):
         parts.append(data)
 
 
-@pytest.mark.parametrize("what", ["chunking", "merging", "checking", "unpacking", "exporting"])
+@pytest.mark.parametrize(
+    "what",
+    ["chunking", "merging", "checking", "reading", "unpacking", "compacting", "optimizing",
+     "exporting"],
+)  # fmt: skip
 def test_progress_is_shown_on_a_terminal_alone(files, what):
     words = _commands(files)[what]
     terminal, end = os.openpty()

@@ -67,7 +67,7 @@ class Settings:
 
     @property
     def big_bytes(self) -> int:
-        return 24 << 20 if self.quick else 256 << 20
+        return 24 << 20 if self.quick else 512 << 20
 
     @property
     def guest_rounds(self) -> int:

@@ -153,6 +153,7 @@ class ChunkReader:
         self._provider = provider
         self._bootstrap = bootstrap
         self._readers: dict[int, ReadAt] = {}
+        self._opening = threading.Lock()
         self._tabled: dict[int, _TabledBlob] = {}
         self._policy = RetryPolicy()
         self._stop = threading.Event()
@@ -189,9 +190,13 @@ class ChunkReader:
     def _reader(self, index: int) -> ReadAt:
         """Return the reader of a blob, opened on first use; raise `NydusError`."""
         reader = self._readers.get(index)
-        if reader is None:
-            reader = self._readers[index] = self._open(index).data
-        return reader
+        if reader is not None:
+            return reader
+        # Threads that begin at once would each ask a registry for the blob.
+        with self._opening:
+            if index not in self._readers:
+                self._readers[index] = self._open(index).data
+            return self._readers[index]
 
     def read_all(self, chunks: Sequence[Chunk]) -> list[bytes | memoryview]:
         """Return the verified contents of some chunks; neighbours are read and decoded at once.

@@ -1,3 +1,6 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from builder import readahead
@@ -45,6 +48,20 @@ def test_content_comes_back(compressor):
         start = info.uncompressed_offset
         data = reader.read(chunk_of(blob, number))
         assert bytes(data) == blob.plain[start : start + info.uncompressed_size]
+
+
+def test_threads_that_begin_at_once_open_a_blob_once():
+    class Slow(Provider):
+        def open(self, blob_id):
+            time.sleep(0.05)
+            return super().open(blob_id)
+
+    blob = Blob([4096] * 4)
+    provider = Slow(blob.stored)
+    reader = ChunkReader([blob.entry], [blob.entry.id], provider)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: reader.read(chunk_of(blob, number)), range(4)))
+    assert provider.opened == [blob.entry.id]
 
 
 def test_names_blob_chunk_and_both_digests():

@@ -1,13 +1,17 @@
 """Wire, journal and loop of the holder, without a process or a kernel's group."""
 
 import errno
+import fcntl
 import os
 import socket
 import struct
+from types import SimpleNamespace
 
 import pytest
 
+from fscache.holder import link as link_module
 from fscache.holder.journal import Journal, JournalError
+from fscache.holder.link import HolderError, HolderLink, holder_directory
 from fscache.holder.process import Holder
 from fscache.holder.wire import WireError, receive, send
 from tests.leftovers import no_open_file_left
@@ -121,3 +125,58 @@ def test_worker_that_is_killed_before_the_holder_has_started(pair, tmp_path):
     assert os.read(answers, 64) == struct.pack("=iI", 70, 2 | errno.EIO << 24)
     os.close(answers)
     journal.close()
+
+
+class _Clock:
+    """Moves when somebody sleeps; what is due is then done."""
+
+    def __init__(self, due, act):
+        self.now, self.due, self.act = 0.0, due, act
+
+    def module(self):
+        return SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep)
+
+    def sleep(self, _):
+        before, self.now = self.now, self.now + 1
+        if before < self.due <= self.now:
+            self.act()
+
+
+@pytest.fixture
+def ending(tmp_path, monkeypatch):
+    """Hold the lock of a holder that listens no more; give its mount point and descriptor."""
+    monkeypatch.setenv("NYDUSD_RUN_DIR", str(tmp_path / "run"))
+    directory = holder_directory(tmp_path / "mnt")
+    directory.mkdir(parents=True, mode=0o700)
+    directory.parent.chmod(0o700)
+    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield tmp_path / "mnt", lock
+    os.close(lock)
+
+
+def test_start_waits_for_a_holder_that_ends_slowly(ending, monkeypatch):
+    mountpoint, lock = ending
+    clock = _Clock(25, lambda: fcntl.flock(lock, fcntl.LOCK_UN))
+    monkeypatch.setattr(link_module, "time", clock.module())
+    theirs = []
+
+    def spawn(self, listener, first, lock):
+        theirs.append(os.dup(first))
+        return 0
+
+    monkeypatch.setattr(HolderLink, "_spawn", spawn)
+    link, inheritance = HolderLink.open(mountpoint)
+    assert clock.now == 25
+    assert inheritance.leader is None
+    link.close()
+    os.close(*theirs)
+
+
+def test_start_gives_up_a_holder_that_never_ends(ending, monkeypatch):
+    mountpoint, _ = ending
+    clock = _Clock(1000, lambda: None)
+    monkeypatch.setattr(link_module, "time", clock.module())
+    with pytest.raises(HolderError, match="the holder does not answer"):
+        HolderLink.open(mountpoint)
+    assert 30 < clock.now < 40

@@ -36,9 +36,10 @@ __all__ = ["CachedBlob", "Unpacker"]
 logger = logging.getLogger(__name__)
 
 _SHA256 = re.compile("[0-9a-f]{64}")
-# How far to be ahead of a sequential reader: enough to have requests under way all the time.
+# How far to be ahead of a sequential reader: enough to have requests under way all the time,
+# also when an answer takes 20 ms to begin.
 AHEAD_CHUNKS = 4
-AHEAD_BYTES = 4 << 20
+AHEAD_BYTES = 16 << 20
 
 
 class Unpacker:

@@ -14,6 +14,14 @@ def test_a_reader_that_goes_on_is_followed_further_and_further():
     assert [streams.ahead(one(index)) for index in range(7)] == [0, 1, 2, 4, 4, 4, 4]
 
 
+def test_who_goes_on_is_followed_in_steps_of_several_chunks():
+    streams = Streams(16)
+    ends = [index + 1 + streams.ahead(one(index)) for index in range(40)]
+    assert ends[:6] == [1, 3, 5, 8, 13, 20]
+    assert sorted(set(ends[5:])) == list(range(20, 57, 4))
+    assert all(end - index > 12 for index, end in enumerate(ends) if index >= 5)
+
+
 def test_several_requests_within_one_chunk_are_one_step():
     streams = Streams(4)
     streams.ahead(one(0))

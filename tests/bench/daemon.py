@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
-from tests.bench.measure import fresh, take_turns
+from tests.bench.measure import fresh, take_turns, warm_memory
 from tests.bench.report import OURS, Row
 from tests.bench.rig import Image
 from tests.bench.source import Settings
@@ -59,6 +59,7 @@ class DaemonBench:
             self._image.serve(peer, work_dir, latency),
         ):
             self._image.server.take_ranges()
+            self._warm()
             (seconds,) = self._image.read("sequential", streams, 1, self._digest)
             ranges = self._image.server.take_ranges()
         if peer is None:
@@ -68,12 +69,21 @@ class DaemonBench:
     def _read_plain(self, streams: int, passes: int = 1) -> float:
         """Read the complete copy; the page cache has the copy, but nothing of the new mount."""
         with self._image.mount_plain():
+            self._warm()
             return self._image.read("sequential", streams, passes, "-")[-1]
+
+    def _fetch(self, latency: int, streams: int) -> float:
+        self._warm()
+        return self._image.floor(self._ranges, latency, streams)["total"]
+
+    def _warm(self) -> None:
+        """Have memory for what is read: it is in the data file and in the mount's own cache."""
+        warm_memory(self._directory, 3 * self._settings.big_bytes)
 
     def _sequential(self, latency: int, streams: int) -> Row:
         variants = self._variants(
             partial(self._read_cold, latency, streams),
-            floor=lambda: self._image.floor(self._ranges, latency, streams)["total"],
+            floor=partial(self._fetch, latency, streams),
             ceiling=partial(self._read_plain, streams),
         )
         seconds = take_turns(variants, self._settings.rounds)
@@ -141,6 +151,7 @@ class DaemonBench:
         with self._image.serve(None, self._image.complete, 0):
             # A thread sets the ignore mark, soon after the mount.
             time.sleep(_SETTLE_SECONDS)
+            self._warm()
             return self._image.read("sequential", 1, 1, "-")[-1]
 
     def _complete(self) -> Row:

@@ -170,6 +170,22 @@ def fresh(parent: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
+def warm_memory(directory: Path, size: int) -> None:
+    """Have so many bytes of free memory that is really there, by a file that comes and goes.
+
+    What a virtual machine has freed goes back to its host after seconds, and is got again by a
+    fault for each page, which takes longer than to fetch, verify and write what comes there.
+    """
+    piece = bytes(1 << 20)
+    path = directory / "memory"
+    try:
+        with path.open("wb", buffering=0) as file:
+            for _ in range(0, size, len(piece)):
+                file.write(piece)
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def take_turns(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Measure A B C A B C …: what disturbs the machine disturbs all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from erofs.console import LOG_LEVELS, CommandParser, ProgressLine
 from erofs.errors import NydusError
+from erofs.memory import bound_arenas
 from erofs.version import print_version
 from fscache.api.server import ApiServer
 from fscache.cli.image import (
@@ -33,7 +34,6 @@ from fscache.cli.words import add_names, address, conflict, megabytes, missing
 from fscache.config import ConfigError
 from fscache.daemonlog import set_up_daemon_log
 from fscache.entry import NodeOptions
-from fscache.memory import bound_arenas
 from fscache.systemd import Notifier, Watchdog
 from fscache.transport import Transport
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from builder.behind import WriteBehind, joined
@@ -20,6 +19,7 @@ from erofs.cipher import BlobCipher
 from erofs.contexts import BatchContext, ZranContext
 from erofs.framing import TocEntry
 from erofs.rafs import BlobEntry, BlobFeatures, ChunkFlags, Compressor, Digester
+from erofs.values import Value
 from erofs.view import align_up
 
 __all__ = ["BlobFormat", "BlobWriter", "CacheSink", "Data", "Place", "Stored", "pack_v1"]
@@ -73,8 +73,7 @@ class Stored(NamedTuple):
     place: Place | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class BlobFormat:
+class BlobFormat(Value):
     """How a blob is written.
 
     Args:

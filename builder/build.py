@@ -7,38 +7,29 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from builder.blob import BlobFormat, BlobWriter, Data
 from builder.blobtable import BlobTable
 from builder.cachefiles import CacheFiles, Discard, TableOnly
-from builder.chunkdict import load_dictionary
 from builder.chunker import Chunker, Deduplication
-from builder.consistency import Profile
 from builder.errors import BuildError
-from builder.external import ExternalTree, split_external
 from builder.forked import can_fork
 from builder.options import BlobSink, BuildOptions, BuildResult, SourceType, check_options
 from builder.output import OutputFile, write_file
-from builder.parent import ParentImage, load_parent
 from builder.prefetch import PrefetchPolicy, files_below, parse_patterns, pattern_nodes
 from builder.rangechunker import RangeChunker
-from builder.reference import (
-    ReferenceChunker,
-    ReferenceWriter,
-    load_layer,
-    refer_to_members,
-)
-from builder.source.directory import ScannedDirectory
 from builder.source.opening import open_seekable_tar, open_tar, source_name
 from builder.source.tar import load_tar
-from builder.tarfs import index_tar
 from erofs import BootstrapSpec, Node
 from erofs.rafs import INLINED_BLOB_ID, BlobEntry, BlobFeatures, Compressor, Digester
 from erofs.tree import iter_directories
 from erofs.writer import emit_bootstrap
+
+if TYPE_CHECKING:
+    from builder.external import ExternalTree
+    from builder.parent import ParentImage
 
 __all__ = ["BuildOptions", "BuildResult", "SourceType", "build", "write_bootstrap_file"]
 
@@ -115,6 +106,13 @@ class _Builder:
     def load_others(self) -> None:
         """Load the parent and the chunk dictionary; raise `BuildError`, `FormatError`."""
         options = self.options
+        if options.parent_bootstrap is None and options.chunk_dict is None:
+            return
+        # Imported here, as all that only some sources need: each takes its time.
+        from builder.chunkdict import load_dictionary
+        from builder.consistency import Profile
+        from builder.parent import load_parent
+
         profile = Profile(options.chunk_size, options.source.keep_owners)
         if options.parent_bootstrap is not None:
             with self.result.timed("load_tree_from_bootstrap"):
@@ -167,6 +165,8 @@ class _Builder:
 
     def refer(self, source: Path | BinaryIO, outputs: _Outputs) -> tuple[Node, BlobWriter]:
         """Make tables for the content of the source, which stays there; raise `BuildError`."""
+        from builder.reference import ReferenceChunker, ReferenceWriter, load_layer
+
         options, form = self.options, _form(self.options)
         writer = ReferenceWriter(outputs.sink, form, outputs.cache)
         with (
@@ -184,7 +184,7 @@ class _Builder:
 
     def refer_to_toc(self, source: Path | BinaryIO, outputs: _Outputs) -> tuple[Node, BlobWriter]:
         """Make tables for a layer of which only the table of contents is there."""
-        # Imported here, with regular expressions and JSON, which no other source needs.
+        from builder.reference import ReferenceWriter, refer_to_members
         from builder.stargz import read_toc
 
         options = self.options
@@ -204,10 +204,13 @@ class _Builder:
                 return load_tar(stream, source_name(source), chunker, options.source)
         if not isinstance(source, Path):
             raise BuildError("a directory is wanted, not a stream", path=source_name(source))
+        from builder.external import split_external
+        from builder.source.directory import ScannedDirectory
+
         with result.timed("load_from_directory"):
             directory = ScannedDirectory(source, options.source, lowest=self.parent is None)
         result.scanned = directory.entries
-        self.empty_root = replace(directory.root, children={})
+        self.empty_root = directory.root.copy()
         if options.attributes is not None:
             self.external = split_external(
                 directory.root, options.attributes, options.chunk_size, options.digester
@@ -289,15 +292,15 @@ def build(source: Path | BinaryIO, options: BuildOptions) -> BuildResult:
             parent or dictionary is broken.
     """
     if options.blob_cache_dir is not None:
-        options = replace(options, compressor=Compressor.NONE)
+        options = options._replace(compressor=Compressor.NONE)
     check_options(options)
     if options.source_type is SourceType.TARFS:
         return _build_tarfs(source, options)
     if options.source_type.is_reference:
         # What is in a cache is not compressed, whatever the layer is.
         compressor = Compressor.NONE if options.blob_cache_dir else Compressor.GZIP
-        options = replace(options, compressor=compressor, digester=Digester.SHA256)
-    result = BuildResult(compressor=options.compressor)
+        options = options._replace(compressor=compressor, digester=Digester.SHA256)
+    result = BuildResult(options.compressor)
     with result.timed("total_build"), _open_outputs(options) as outputs:
         builder = _Builder(options, result)
         builder.load_others()
@@ -406,7 +409,7 @@ def _external_bootstrap(builder: _Builder) -> memoryview:
     external = builder.external
     root, blobs = external if external is not None else (builder.empty_root, [])
     builder.result.external_blobs = _names(blobs)
-    options = replace(builder.options, prefetch_policy=PrefetchPolicy.NONE, encryption=None)
+    options = builder.options._replace(prefetch_policy=PrefetchPolicy.NONE, encryption=None)
     return _bootstrap(root, blobs, options)
 
 
@@ -415,8 +418,10 @@ def _names(blobs: list[BlobEntry]) -> list[str]:
 
 
 def _build_tarfs(source: Path | BinaryIO, options: BuildOptions) -> BuildResult:
-    options = replace(options, compressor=Compressor.NONE, digester=Digester.SHA256)
-    result = BuildResult(compressor=options.compressor)
+    from builder.tarfs import index_tar
+
+    options = options._replace(compressor=Compressor.NONE, digester=Digester.SHA256)
+    result = BuildResult(options.compressor)
     with result.timed("total_build"):
         with result.timed("build_tree"):
             index = index_tar(source, options.chunk_size, options.source, options.blob_id)

@@ -9,16 +9,17 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from builder.blob import BlobFormat, BlobWriter, Data, Place, Stored
 from builder.blobtable import BlobTable
-from builder.chunkdict import ChunkDictionary
 from builder.forked import Worked
 from builder.packer import Packer
 from erofs import Chunk, Node, digest
+
+if TYPE_CHECKING:
+    from builder.chunkdict import ChunkDictionary
 
 __all__ = ["Chunker", "ContentReader", "Deduplication", "Piece", "Span"]
 
@@ -66,19 +67,17 @@ class Job(Protocol):
         """Wait for it."""
 
 
-@dataclass(slots=True)
 class Deduplication:
     """Which chunks need not be stored again.
 
-    Args:
-        table: numbers the blobs of the image.
-        dictionary: is asked first.
-        known: chunks of the image, by digest and uncompressed size; more are added.
+    `table` numbers the blobs of the image, `dictionary` is asked first, and `known` has the chunks
+    of the image by digest and uncompressed size.
     """
 
-    table: BlobTable = field(default_factory=BlobTable)
-    dictionary: ChunkDictionary | None = None
-    known: dict[tuple[bytes, int], Chunk] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.table = BlobTable()
+        self.dictionary: ChunkDictionary | None = None
+        self.known: dict[tuple[bytes, int], Chunk] = {}
 
     def find(self, key: tuple[bytes, int]) -> Chunk | None:
         """Return the chunk to refer to, None for a new one."""
@@ -93,14 +92,12 @@ class Deduplication:
         return Chunk(digest, self.table.own(), 0, 0, size, 0, 0, 0, 0, crc32c)
 
 
-@dataclass(slots=True)
 class ChunkerStats:
     """What the chunker did with the content, in chunks and bytes before compression."""
 
-    chunks: int = 0
-    content_bytes: int = 0
-    duplicate_chunks: int = 0
-    duplicate_bytes: int = 0
+    def __init__(self) -> None:
+        self.chunks = self.content_bytes = 0
+        self.duplicate_chunks = self.duplicate_bytes = 0
 
 
 class Chunker:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from erofs import Bootstrap, UnsupportedFeature
 from erofs.errors import error_context
 from erofs.flatdisk import Extent, blob_extents, disk_size
 from erofs.rafs import ChunkInfo
+from erofs.values import Value
 from erofs.verity import DIGEST_SIZE, HASH_BLOCK_SIZE, HashTree, TreeFormat
 
 __all__ = ["ExportOptions", "ExportResult", "VerityOptions", "export_block"]
@@ -33,8 +33,7 @@ _COPY_BYTES = 1 << 20
 _Progress = Callable[[int], None] | None
 
 
-@dataclass(frozen=True, slots=True)
-class VerityOptions:
+class VerityOptions(Value):
     """How a hash tree is made; the defaults are the real tool's, but for the filler.
 
     Args:
@@ -53,8 +52,7 @@ class VerityOptions:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ExportOptions:
+class ExportOptions(Value):
     """How to export.
 
     Args:
@@ -69,14 +67,13 @@ class ExportOptions:
     progress: _Progress = None
 
 
-@dataclass(frozen=True, slots=True)
-class ExportResult:
+class ExportResult(Value):
     """What was written: `size` counts the bytes of metadata and data, without a hash tree."""
 
     disk: Path
     size: int
     block_size: int
-    blobs: list[str] = field(default_factory=list)
+    blobs: Sequence[str] = ()
     tree: HashTree | None = None
 
 

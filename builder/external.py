@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import stat
-from dataclasses import replace
 from typing import NamedTuple
 
 from builder.attributes import Attributes, ExternalFile
@@ -132,7 +131,7 @@ def split_external(
     if not files:
         return None
     blobs = _Blobs(chunk_size, digester)
-    top = replace(root, children={})
+    top = root.copy()
     copies = {b"": top}
     taken: list[tuple[Node, bytes]] = []
     parents: dict[bytes, Node] = {b"": root}
@@ -145,7 +144,9 @@ def split_external(
             continue
         if not stat.S_ISREG(node.mode):
             raise BuildError("external, but no regular file", entry=path)
-        copy = replace(node, size=node.size if external.size is None else external.size)
+        copy = node.copy()
+        if external.size is not None:
+            copy.size = external.size
         try:
             copy.chunks = blobs.chunks(copy, external)
         except BuildError as error:
@@ -167,7 +168,7 @@ def _directory(copies: dict[bytes, Node], originals: dict[bytes, Node], path: by
         missing.append(path)
         path = path.rpartition(b"/")[0]
     for path_below in reversed(missing):
-        copy = replace(originals[path_below], children={})
+        copy = originals[path_below].copy()
         parent, _, name = path_below.rpartition(b"/")
         copies[parent].entries[name] = copy
         copies[path_below] = copy

@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from builder.attributes import Attributes
 from builder.chunker import ChunkerStats
 from builder.errors import BuildError
 from builder.prefetch import PrefetchPolicy
@@ -23,6 +21,10 @@ from erofs.rafs import (
     Compressor,
     Digester,
 )
+from erofs.values import Value
+
+if TYPE_CHECKING:
+    from builder.attributes import Attributes
 
 __all__ = [
     "TOC_CHUNK_SIZE",
@@ -64,8 +66,7 @@ class BlobSink(Protocol):
         """Append bytes; raise `NydusError`."""
 
 
-@dataclass(frozen=True, slots=True)
-class BuildOptions:
+class BuildOptions(Value):
     """What to build and where to put it.
 
     A tarfs image is metadata over a tar that stays as it is: there is no blob to write,
@@ -119,14 +120,13 @@ class BuildOptions:
     parent_bootstrap: Path | None = None
     attributes: Attributes | None = None
     external_blob: Path | None = None
-    source: SourceOptions = field(default_factory=SourceOptions)
+    source: SourceOptions = SourceOptions()
     prefetch_policy: PrefetchPolicy = PrefetchPolicy.NONE
     prefetch_patterns: Sequence[bytes] = ()
     progress: Callable[[int], None] | None = None
     workers: int | None = None
 
 
-@dataclass(slots=True)
 class BuildResult:
     """What was built.
 
@@ -136,18 +136,19 @@ class BuildResult:
     `scanned` counts what a directory had, deletion marks included.
     """
 
-    bootstrap: Path | None = None
-    blobs: list[str] = field(default_factory=list)
-    blob_path: Path | None = None
-    blob_size: int = 0
-    external_bootstrap: Path | None = None
-    external_blobs: list[str] = field(default_factory=list)
-    compressor: Compressor = Compressor.NONE
-    names: int = 0
-    scanned: int = 0
-    stats: ChunkerStats = field(default_factory=ChunkerStats)
-    blob_content_bytes: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(self, compressor: Compressor = Compressor.NONE) -> None:
+        self.compressor = compressor
+        self.bootstrap: Path | None = None
+        self.blobs: list[str] = []
+        self.blob_path: Path | None = None
+        self.blob_size = 0
+        self.external_bootstrap: Path | None = None
+        self.external_blobs: list[str] = []
+        self.names = 0
+        self.scanned = 0
+        self.stats = ChunkerStats()
+        self.blob_content_bytes = 0
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:

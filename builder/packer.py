@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from builder.blob import BlobFormat, BlobWriter, Data, Stored
 from erofs import Chunk
@@ -20,26 +20,27 @@ __all__ = ["Packer"]
 IN_FLIGHT_BYTES = 32 * 1024 * 1024
 
 
-@dataclass(slots=True)
 class _Batch:
     """A batch in the making, or with `job` one that is being compressed."""
 
-    chunks: list[Chunk] = field(default_factory=list)
-    data: bytearray = field(default_factory=bytearray)
-    job: Future[Stored] | None = None
+    def __init__(self) -> None:
+        self.chunks: list[Chunk] = []
+        self.data = bytearray()
+        self.job: Future[Stored] | None = None
 
     @property
     def is_done(self) -> bool:
         return self.job is None or self.job.done()
 
 
-@dataclass(slots=True)
-class _Alone:
+class _Alone(NamedTuple):
     chunk: Chunk
     data: Data
     stored: Stored
 
-    is_done = True
+    @property
+    def is_done(self) -> bool:
+        return True
 
 
 class Packer:

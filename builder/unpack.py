@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -35,13 +34,11 @@ class Sink(Protocol):
         """Append all bytes, or raise."""
 
 
-@dataclass(slots=True)
 class UnpackResult:
     """What was written: members, bytes of file content, and paths that tar cannot hold."""
 
-    members: int = 0
-    content_bytes: int = 0
-    left_out: int = 0
+    def __init__(self) -> None:
+        self.members = self.content_bytes = self.left_out = 0
 
 
 class _Packer:

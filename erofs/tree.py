@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from erofs import layout
@@ -39,7 +38,6 @@ _DEVICE_ALIGNMENT = 0x80000
 _RESERVED_NAMES = frozenset((b".", b".."))
 
 
-@dataclass(slots=True, eq=False)
 class Chunk:
     """One distinct chunk of a blob; every file that holds it shares the object.
 
@@ -47,16 +45,26 @@ class Chunk:
     `chunk_index` the place in that blob's compression table.
     """
 
-    digest: bytes
-    blob_index: int
-    flags: int
-    compressed_size: int
-    uncompressed_size: int
-    compressed_offset: int
-    uncompressed_offset: int
-    file_offset: int
-    chunk_index: int
-    crc32c: int
+    __slots__ = (
+        "blob_index", "chunk_index", "compressed_offset", "compressed_size", "crc32c", "digest",
+        "file_offset", "flags", "uncompressed_offset", "uncompressed_size",
+    )  # fmt: skip
+
+    def __init__(
+        self, digest: bytes, blob_index: int, flags: int, compressed_size: int,
+        uncompressed_size: int, compressed_offset: int, uncompressed_offset: int,
+        file_offset: int, chunk_index: int, crc32c: int,
+    ) -> None:  # fmt: skip
+        self.digest = digest
+        self.blob_index = blob_index
+        self.flags = flags
+        self.compressed_size = compressed_size
+        self.uncompressed_size = uncompressed_size
+        self.compressed_offset = compressed_offset
+        self.uncompressed_offset = uncompressed_offset
+        self.file_offset = file_offset
+        self.chunk_index = chunk_index
+        self.crc32c = crc32c
 
     @classmethod
     def from_info(cls, info: ChunkInfo) -> Chunk:
@@ -79,7 +87,6 @@ class Chunk:
         )
 
 
-@dataclass(slots=True, eq=False)
 class Node:
     """A file of any type. Hard links are one node under several names.
 
@@ -88,18 +95,37 @@ class Node:
     writer's: in place of a dictionary of all nodes, which takes a hundred bytes each.
     """
 
-    mode: int
-    uid: int = 0
-    gid: int = 0
-    mtime: int = 0
-    mtime_nsec: int = 0
-    rdev: int = 0
-    size: int = 0
-    target: bytes = b""
-    xattrs: Mapping[bytes, bytes] = field(default_factory=lambda: NO_XATTRS)
-    chunks: list[Chunk] = field(default_factory=list)
-    children: dict[bytes, Node] | None = None
-    number: int = field(default=-1, init=False, repr=False)
+    __slots__ = (
+        "children", "chunks", "gid", "mode", "mtime", "mtime_nsec", "number", "rdev", "size",
+        "target", "uid", "xattrs",
+    )  # fmt: skip
+
+    def __init__(
+        self, mode: int, uid: int = 0, gid: int = 0, mtime: int = 0, mtime_nsec: int = 0,
+        rdev: int = 0, size: int = 0, target: bytes = b"",
+        xattrs: Mapping[bytes, bytes] = NO_XATTRS, chunks: list[Chunk] | None = None,
+        children: dict[bytes, Node] | None = None,
+    ) -> None:  # fmt: skip
+        self.mode = mode
+        self.uid = uid
+        self.gid = gid
+        self.mtime = mtime
+        self.mtime_nsec = mtime_nsec
+        self.rdev = rdev
+        self.size = size
+        self.target = target
+        self.xattrs = xattrs
+        self.chunks = [] if chunks is None else chunks
+        self.children = children
+        self.number = -1
+
+    def copy(self) -> Node:
+        """Return a node like this one, without chunks, and of a directory without children."""
+        children: dict[bytes, Node] | None = None if self.children is None else {}
+        return Node(
+            self.mode, self.uid, self.gid, self.mtime, self.mtime_nsec, self.rdev, self.size,
+            self.target, self.xattrs, None, children,
+        )  # fmt: skip
 
     @classmethod
     def directory(cls, permissions: int = 0o755) -> Node:

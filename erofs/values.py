@@ -69,6 +69,10 @@ class Value:
         if wrong := fields.keys() ^ set(self._fields):
             raise TypeError(f"{type(self).__name__} lacks or does not have: {', '.join(wrong)}")
         self.__dict__.update(fields)
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        """Check the fields, in subclasses of which some are impossible."""
 
     def _replace(self, **changes: Any) -> Self:
         """Return a value that differs in some fields."""

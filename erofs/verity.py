@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from erofs.errors import BadMagic, CorruptStructure, UnsupportedFeature
+from erofs.values import Value
 from erofs.view import View
 
 __all__ = [
@@ -103,8 +103,7 @@ def _check_block_sizes(*sizes: int) -> None:
             raise CorruptStructure("block size of a hash tree", got=size)
 
 
-@dataclass(frozen=True, slots=True)
-class TreeFormat:
+class TreeFormat(Value):
     """What a hash tree depends on beside the data.
 
     Args:

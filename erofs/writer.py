@@ -11,7 +11,6 @@ from array import array
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby, pairwise
 from operator import attrgetter
 from typing import NamedTuple
@@ -31,6 +30,7 @@ from erofs.layout import (
 )
 from erofs.rafs import BlobEntry, BlobFeatures, ExtendedSuperblock, SuperFlags
 from erofs.tree import Chunk, Node, ValidDirectory, ValidTree, split_xattr_name, validate
+from erofs.values import Value
 from erofs.view import align_down, align_up
 
 __all__ = ["BootstrapSpec", "emit_bootstrap", "write_bootstrap"]
@@ -44,8 +44,7 @@ _DOTS = frozenset((b".", b".."))
 FIRST_INODE = 4096
 
 
-@dataclass(slots=True)
-class BootstrapSpec:
+class BootstrapSpec(Value):
     """All that a bootstrap is made of.
 
     Args:

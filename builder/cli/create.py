@@ -9,21 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from builder.attributes import parse_attributes
 from builder.build import BuildOptions, BuildResult, SourceType, build
-from builder.chunkdict import dictionary_path
 from builder.cli.common import read_patterns
 from builder.cli.createwords import COMPRESSORS, DIGESTERS, SOURCE_TYPES, add_options
 from builder.errors import BuildError
 from builder.options import TOC_CHUNK_SIZE
 from builder.prefetch import PrefetchPolicy
 from builder.progress import Progress
-from builder.report import owner_events, report, write_report
 from builder.source.options import SourceOptions, WhiteoutSpec
 from erofs.cipher import BlobCipher
 from erofs.rafs import DEFAULT_CHUNK_SIZE
 
 if TYPE_CHECKING:
+    from builder.attributes import Attributes
     from erofs.console import CommandParser
 
 logger = logging.getLogger(__name__)
@@ -66,7 +64,6 @@ def _check_words(arguments: argparse.Namespace) -> None:
             )
         raise BuildError("RAFS v5 is not written, only v6 is supported")
     if arguments.config is not None:
-        # Imported here, as what is seldom needed and takes its time.
         from builder.backends import daemon_backend
 
         daemon_backend(arguments.config)
@@ -107,6 +104,25 @@ def _chunk_size(arguments: argparse.Namespace) -> int:
     return TOC_CHUNK_SIZE if _is_toc(arguments) else DEFAULT_CHUNK_SIZE
 
 
+# Imported in functions: what is seldom needed and takes its time.
+
+
+def _dictionary(arguments: argparse.Namespace) -> Path | None:
+    if not arguments.chunk_dict:
+        return None
+    from builder.chunkdict import dictionary_path
+
+    return dictionary_path(arguments.chunk_dict)
+
+
+def _attributes(arguments: argparse.Namespace) -> Attributes | None:
+    if arguments.attributes is None:
+        return None
+    from builder.attributes import parse_attributes
+
+    return parse_attributes(arguments.attributes)
+
+
 def _options(arguments: argparse.Namespace, progress: Progress) -> BuildOptions:
     policy = PrefetchPolicy(arguments.prefetch_policy)
     return BuildOptions(
@@ -126,11 +142,9 @@ def _options(arguments: argparse.Namespace, progress: Progress) -> BuildOptions:
         compressor=COMPRESSORS[arguments.compressor or "zstd"],
         digester=DIGESTERS[arguments.digester],
         encryption=BlobCipher.generate() if arguments.encrypt else None,
-        chunk_dict=dictionary_path(arguments.chunk_dict) if arguments.chunk_dict else None,
+        chunk_dict=_dictionary(arguments),
         parent_bootstrap=(Path(arguments.parent_bootstrap) if arguments.parent_bootstrap else None),
-        attributes=(
-            None if arguments.attributes is None else parse_attributes(arguments.attributes)
-        ),
+        attributes=_attributes(arguments),
         external_blob=arguments.external_blob,
         source=SourceOptions(
             whiteout_spec=WhiteoutSpec(arguments.whiteout_spec),
@@ -144,6 +158,8 @@ def _options(arguments: argparse.Namespace, progress: Progress) -> BuildOptions:
 
 
 def _write_report(path: Path, result: BuildResult, options: BuildOptions) -> None:
+    from builder.report import owner_events, report, write_report
+
     counters = {
         "blob_uncompressed_size": result.blob_content_bytes,
         "dedup_chunks": result.stats.duplicate_chunks,

@@ -7,7 +7,6 @@ import logging
 import threading
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import replace
 from typing import BinaryIO, NamedTuple, cast
 
 from builder.build import build
@@ -124,14 +123,14 @@ def _convert(
 ) -> tuple[Descriptor, list[bytes]]:
     built = _build_options(options, layer)
     undescribed: list[bytes] = []
-    reading = replace(built.source, undescribed=undescribed)
+    reading = built.source._replace(undescribed=undescribed)
     with closing(read_ahead(content, _PIECES_AHEAD)) as pieces:
         upload = target.begin()
         try:
             stream = io.BufferedReader(PieceReader(pieces, layer.digest), PIECE_BYTES)
             if options.oci_ref and stream.peek(2)[:2] != _GZIP_MAGIC:
                 raise ImageError("layers for --oci-ref have to be compressed by gzip")
-            build(cast(BinaryIO, stream), replace(built, blob_sink=upload, source=reading))
+            build(cast(BinaryIO, stream), built._replace(blob_sink=upload, source=reading))
             for _ in pieces:
                 pass  # the same when the builder did not look behind the end of the tar
             descriptor = upload.finish(media.NYDUS_BLOB)

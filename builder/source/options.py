@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 from builder.chunker import ContentReader
 from erofs import Node
+from erofs.values import Value
 
 __all__ = ["ContentSink", "SourceOptions", "WhiteoutSpec"]
 
@@ -27,8 +27,7 @@ class ContentSink(Protocol):
         """Cut `node.size` bytes of `content` into `node.chunks`."""
 
 
-@dataclass(frozen=True, slots=True)
-class SourceOptions:
+class SourceOptions(Value):
     """How sources are read.
 
     Args:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from builder.blob import BlobFormat, BlobWriter, Data
 from builder.blobtable import BlobTable
 from builder.cachefiles import CacheFiles, Discard, TableOnly
+from builder.child import can_fork
 from builder.chunker import Chunker, Deduplication
 from builder.errors import BuildError
-from builder.forked import can_fork
 from builder.options import BlobSink, BuildOptions, BuildResult, SourceType, check_options
 from builder.output import OutputFile, write_file
 from builder.prefetch import PrefetchPolicy, files_below, parse_patterns, pattern_nodes

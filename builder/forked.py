@@ -13,21 +13,18 @@ import mmap
 import os
 import queue
 import select
-import signal
 import socket
 import struct
-import sys
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, Self, cast
+from typing import NamedTuple, NoReturn, Self
 
 from builder.blob import Data, Stored
+from builder.child import end_child, fork_child
 from builder.errors import BuildError
 from erofs.errors import NydusError
 
-__all__ = ["COMPRESSED", "ForkedWorkers", "Part", "RangeJob", "Worked", "can_fork", "read_range"]
+__all__ = ["COMPRESSED", "ForkedWorkers", "Part", "RangeJob", "Worked", "read_range"]
 
 _JOB = struct.Struct("=III4xQQ")
 _PART = struct.Struct("=III")
@@ -40,7 +37,6 @@ _SLACK_BYTES = 64
 _SLOT_BYTES = 32 << 20
 _LEAST_SLOTS_A_WORKER = 2
 _MAX_WORKERS = 16
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Worked(NamedTuple):
@@ -70,11 +66,6 @@ class Part(NamedTuple):
 
 # Gets the content of chunks, and for each whether it is for a batch.
 Work = Callable[[Sequence[tuple[memoryview, bool]]], list[Worked]]
-
-
-def can_fork() -> bool:
-    """Tell whether the process may be forked: of several threads, only one would go on."""
-    return threading.active_count() == 1
 
 
 class _Process(NamedTuple):
@@ -171,45 +162,23 @@ class ForkedWorkers:
 
     def _fork(self, jobs: socket.socket) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # Until the child has no handlers of the parent's any more.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+        def answer() -> None:
+            for each in (self._jobs, ours, *(process.answers for process in self._processes)):
+                each.close()
+            self._answer(jobs, theirs)
+
         try:
-            pid = os.fork()
-            if not pid:
-                self._be_worker(jobs, theirs, ours, blocked)
-        except OSError as error:
+            pid = fork_child(answer)
+        except BuildError:
             ours.close()
-            raise BuildError(f"no process can be started ({error.strerror})") from error
+            raise
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             theirs.close()
         self._processes.append(_Process(pid, ours))
         self._poll.register(ours, select.POLLIN)
 
     # In the child.
-
-    def _be_worker(
-        self, jobs: socket.socket, answers: socket.socket, other: socket.socket,
-        blocked: set[int | signal.Signals],
-    ) -> NoReturn:  # fmt: skip
-        """Carry out jobs until there is no parent any more; never returns."""
-        status = 1
-        try:
-            # Ctrl-C is for the parent, which ends its children.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            for each in (self._jobs, other, *(process.answers for process in self._processes)):
-                each.close()
-            # Nobody listens any more when the parent was killed.
-            with suppress(ConnectionError):
-                self._answer(jobs, answers)
-            status = 0
-        finally:
-            if status:
-                sys.excepthook(*cast(Any, sys.exc_info()))
-            os._exit(status)
 
     def _answer(self, jobs: socket.socket, answers: socket.socket) -> None:
         buffer = memoryview(bytearray(self._span))
@@ -303,8 +272,7 @@ class ForkedWorkers:
         """End the processes, whatever they do."""
         self._jobs.close()
         for process in self._processes:
-            os.kill(process.pid, signal.SIGKILL)
-            os.waitpid(process.pid, 0)
+            end_child(process.pid)
             process.answers.close()
         self._processes.clear()
         # Who still writes what is in there keeps it.

@@ -6,20 +6,21 @@ The layer is a tar, or a gzip file with one; it is read once, front to back.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
-from builder.behind import WriteBehind, joined
 from builder.blob import BlobFormat, BlobWriter, CacheSink, Data, Place, Sink, Stored, pack_v1
+from builder.blocksahead import BlocksAhead
+from builder.child import can_fork
 from builder.chunker import Chunker, ChunkerStats, ContentReader, Deduplication, Piece
 from builder.errors import BuildError
-from builder.source.measuring import MeasuredStream
+from builder.source.measuring import Layer, MeasuredStream, measured_layer
 from builder.source.opening import drain, open_source, source_name
 from builder.source.options import SourceOptions
 from builder.source.tar import load_tar
 from builder.source.unpacking import is_gzip, is_zstd
-from builder.zran import ZranStream
+from builder.tarstream import ByteStream
+from builder.zran import BlockStream, ZranPlaces
 from erofs import Chunk, Node, codec
 from erofs.blobmeta import MAX_COMPRESSED_SIZE_V2, CiFlags, CompressionInfoV2
 from erofs.rafs import MAX_COMPRESSED_SIZE, BlobEntry, BlobFeatures, ChunkFlags, Compressor
@@ -27,18 +28,11 @@ from erofs.rafs import MAX_COMPRESSED_SIZE, BlobEntry, BlobFeatures, ChunkFlags,
 if TYPE_CHECKING:
     from builder.stargz import StargzToc
 
-__all__ = ["Layer", "ReferenceChunker", "ReferenceWriter", "load_layer", "refer_to_members"]
+__all__ = ["ReferenceChunker", "ReferenceWriter", "load_layer", "refer_to_members"]
 
 _MAGIC_BYTES = 4
 _CI_ZRAN = int(CiFlags.COMPRESSED | CiFlags.ZRAN)
 _CI_HAS_CRC = int(CiFlags.HAS_CRC)
-
-
-class Layer(NamedTuple):
-    """The original layer: its SHA-256 in hex, and its length in bytes."""
-
-    blob_id: str
-    size: int
 
 
 class Places(Protocol):
@@ -92,7 +86,7 @@ class ReferenceWriter(BlobWriter):
         self._layer = Layer("", 0)
         self._dictionaries = b""
 
-    def set_layer(self, layer: Layer, zran: ZranStream | None) -> None:
+    def set_layer(self, layer: Layer, zran: ZranPlaces | None) -> None:
         """Take over what is known when the layer has been read.
 
         Raises:
@@ -232,6 +226,36 @@ def refer_to_members(
     return stats
 
 
+class _LayerReader:
+    """Reads the tar of a layer, however it is packed."""
+
+    def __init__(
+        self, name: str, chunker: ReferenceChunker, chunk_size: int, options: SourceOptions
+    ) -> None:
+        self._name = name
+        self._chunker = chunker
+        self._chunk_size = chunk_size
+        self._options = options
+        self.zran: ZranPlaces | None = None
+
+    def _read(self, stream: ByteStream, places: Places) -> Node:
+        self._chunker.places = places
+        return load_tar(stream, self._name, self._chunker, self._options, in_place=True)
+
+    def read_plain(self, measured: MeasuredStream) -> Node:
+        return self._read(measured, _TarPlaces(measured))
+
+    def read_gzip(self, measured: MeasuredStream) -> Node:
+        with BlockStream(measured) as blocks:
+            return self.read_blocks(blocks)
+
+    def read_blocks(self, blocks: BlockStream | BlocksAhead) -> Node:
+        self.zran = ZranPlaces(blocks, self._chunk_size)
+        root = self._read(blocks, self.zran)
+        drain(blocks)
+        return root
+
+
 def load_layer(
     source: Path | BinaryIO,
     writer: ReferenceWriter,
@@ -253,21 +277,18 @@ def load_layer(
     Raises:
         BuildError: it is broken, or of a kind that cannot be referred to.
     """
-    name = source_name(source)
-    state, zran = sha256(), None
-    with open_source(source) as raw, WriteBehind(joined(state.update)) as behind:
+    reader = _LayerReader(source_name(source), chunker, chunk_size, options)
+    with open_source(source) as raw:
         head = raw.peek(_MAGIC_BYTES)[:_MAGIC_BYTES]
         if is_zstd(head):
             raise BuildError("zstd cannot be read from the middle: convert it with targz-rafs")
-        measured = MeasuredStream(raw, behind.write if blob_id is None else None)
-        if is_gzip(head):
-            with ZranStream(measured, chunk_size) as zran:
-                chunker.places = zran
-                root = load_tar(zran, name, chunker, options, in_place=True)
-                drain(zran)
+        if not is_gzip(head):
+            root, layer = measured_layer(raw, reader.read_plain, digested=blob_id is None)
+        elif isinstance(source, Path) and can_fork():
+            with BlocksAhead(raw, chunk_size, digested=blob_id is None) as ahead:
+                root = reader.read_blocks(ahead)
+            layer = ahead.layer
         else:
-            chunker.places = _TarPlaces(measured)
-            root = load_tar(measured, name, chunker, options, in_place=True)
-        measured.drain()
-    writer.set_layer(Layer(blob_id or state.hexdigest(), measured.position), zran)
+            root, layer = measured_layer(raw, reader.read_gzip, digested=blob_id is None)
+    writer.set_layer(layer if blob_id is None else layer._replace(blob_id=blob_id), reader.zran)
     return root

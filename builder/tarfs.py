@@ -6,13 +6,11 @@ found by `builder.source.tar`; here is where their content lies, and what the wh
 
 from __future__ import annotations
 
-from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from builder.behind import WriteBehind, joined
 from builder.errors import BuildError
-from builder.source.measuring import MeasuredStream
+from builder.source.measuring import MeasuredStream, measured_layer
 from builder.source.opening import open_tar, source_name
 from builder.source.options import SourceOptions
 from builder.source.tar import load_tar
@@ -89,21 +87,23 @@ def index_tar(
     Raises:
         BuildError: the tar is broken, compressed, or larger than readers take.
     """
-    state = sha256()
-    with open_tar(source, unpack=False) as stream, WriteBehind(joined(state.update)) as behind:
-        measured = MeasuredStream(stream, behind.write if blob_id is None else None)
+
+    def read(measured: MeasuredStream) -> tuple[Node, int]:
         pieces = _Pieces(measured, chunk_size)
         root = load_tar(measured, source_name(source), pieces, options, in_place=True)
-        measured.drain()
-    size = measured.position
+        return root, pieces.count
+
+    with open_tar(source, unpack=False) as stream:
+        (root, count), layer = measured_layer(stream, read, digested=blob_id is None)
+    size = layer.size
     if size > MAX_COMPRESSED_SIZE:
         raise BuildError(
             "tar is too large", path=source_name(source), expected=MAX_COMPRESSED_SIZE, got=size
         )
-    if not pieces.count:
+    if not count:
         return TarIndex(root, None, size)
-    name = blob_id or state.hexdigest()
-    return TarIndex(root, _entry(name, size, pieces.count, chunk_size), size)
+    entry = _entry(blob_id or layer.blob_id, size, count, chunk_size)
+    return TarIndex(root, entry, size)
 
 
 def _entry(blob_id: str, size: int, pieces: int, chunk_size: int) -> BlobEntry:

@@ -26,7 +26,9 @@ _TRAILER_SIZE = 8
 
 _NO_FLUSH, _BLOCK = 0, 5
 _OK, _STREAM_END, _BUF_ERROR = 0, 1, -5
-_LAST_BLOCK, _AT_BOUNDARY, _UNUSED_BITS = 64, 128, 7
+_AT_BOUNDARY, _UNUSED_BITS = 128, 7
+# With the bit of the last block.
+_END_OF_BLOCK = 64 | _AT_BOUNDARY
 _LIBZ = "libz.so.1"
 # So much is inflated in less time than another thread may keep the interpreter's lock.
 _LITTLE_BYTES = 64 << 10
@@ -129,6 +131,7 @@ class Inflater:
     def __init__(self, *, raw: bool = False) -> None:
         library = _library()
         self._library: Any = library
+        self._inflate, self._inflate_little = library.inflate, library.inflate_little
         self._stream: Any = library.stream()
         self._reference = ctypes.byref(self._stream)
         self._input = b""
@@ -215,19 +218,29 @@ class Inflater:
         Raises:
             CodecError: the data is broken.
         """
-        size = len(target)
         # Holds the buffer while libz writes into it.
         place = ctypes.c_char.from_buffer(target)
+        return self.inflate_to(ctypes.addressof(place), len(target), to_boundary=to_boundary)
+
+    def inflate_to(self, address: int, size: int, *, to_boundary: bool = False) -> int:
+        """Do as `inflate`, into memory that the caller holds."""
         stream = self._stream
-        stream.next_out, stream.avail_out = ctypes.addressof(place), size
-        library = self._library
-        inflate = library.inflate if size > _LITTLE_BYTES else library.inflate_little
+        stream.next_out, stream.avail_out = address, size
+        inflate = self._inflate if size > _LITTLE_BYTES else self._inflate_little
         status = inflate(self._reference, _BLOCK if to_boundary else _NO_FLUSH)
-        self._require(status)
+        if status != _OK:
+            self._require(status)
         self.ended = status == _STREAM_END
-        kind = stream.data_type
-        self.at_boundary = bool(kind & _AT_BOUNDARY and not kind & _LAST_BLOCK)
-        return size - int(stream.avail_out)
+        self.at_boundary = stream.data_type & _END_OF_BLOCK == _AT_BOUNDARY
+        count: int = size - stream.avail_out
+        return count
+
+    @property
+    def window_size(self) -> int:
+        """How many bytes `window` has."""
+        length = ctypes.c_uint()
+        self._library.get_dictionary(self._reference, None, ctypes.byref(length))
+        return length.value
 
     def window(self) -> bytes:
         """Return the last bytes of the output that what follows may refer to."""

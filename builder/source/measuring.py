@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import sha256
+from typing import NamedTuple, TypeVar
 
+from builder.behind import WriteBehind, joined
 from builder.tarstream import ByteStream
 
-__all__ = ["MeasuredStream"]
+__all__ = ["Layer", "MeasuredStream", "measured_layer"]
 
 _DRAIN_BYTES = 1 << 20
+_Result = TypeVar("_Result")
+
+
+class Layer(NamedTuple):
+    """A layer as others know it: its SHA-256 in hex, and its length in bytes."""
+
+    blob_id: str
+    size: int
 
 
 class MeasuredStream:
@@ -47,3 +58,21 @@ class MeasuredStream:
         """
         while self.read(_DRAIN_BYTES):
             pass
+
+
+def measured_layer(
+    raw: ByteStream, read: Callable[[MeasuredStream], _Result], *, digested: bool
+) -> tuple[_Result, Layer]:
+    """Let somebody read a layer, then read the rest; return the result and what layer it is.
+
+    Args:
+        raw: the layer.
+        read: reads as much as it wants.
+        digested: False leaves the SHA-256 out, which is empty then.
+    """
+    state = sha256()
+    with WriteBehind(joined(state.update)) as behind:
+        measured = MeasuredStream(raw, behind.write if digested else None)
+        result = read(measured)
+        measured.drain()
+    return result, Layer(state.hexdigest() if digested else "", measured.position)

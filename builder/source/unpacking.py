@@ -6,6 +6,7 @@ of a member or frame, a wrong checksum, or something else behind the last one is
 
 from __future__ import annotations
 
+import ctypes
 import io
 from typing import Any, Protocol
 
@@ -60,6 +61,7 @@ class GzipStream(io.RawIOBase):
         self._inflater = Inflater()
         self._fed_bytes = 0
         self._between_members = False
+        self.output_position = 0
 
     @property
     def input_position(self) -> int:
@@ -78,21 +80,35 @@ class GzipStream(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         """Fill as much of a buffer as one step gives, nothing only at the end."""
         target = memoryview(buffer)
-        while target:
-            is_end = not self._inflater.pending and not self._feed()
+        if not target:
+            return 0
+        # Holds the buffer while it is filled.
+        place = ctypes.c_char.from_buffer(target)
+        return self.inflate_to(ctypes.addressof(place), len(target))
+
+    def inflate_to(self, address: int, size: int) -> int:
+        """Do as `readinto`, with memory of one byte at least that the caller holds."""
+        inflater = self._inflater
+        while True:
+            is_end = not inflater.pending and not self._feed()
             if self._between_members:
                 if is_end:
                     return 0
                 self._begin_member()
                 continue
-            count = self._inflate(target)
-            self._between_members = self._inflater.ended
+            try:
+                count = inflater.inflate_to(address, size, to_boundary=self._to_boundary)
+            except CodecError as error:
+                raise BuildError(error.what, offset=self.input_position) from error
+            self.output_position += count
+            if inflater.at_boundary:
+                self._pass_boundary()
+            self._between_members = inflater.ended
             if count:
                 return count
             # At the end there may still be output, but neither that nor the end of a member.
             if is_end and not self._between_members:
                 raise BuildError("broken gzip data (it ends too early)", offset=self._fed_bytes)
-        return 0
 
     def _feed(self) -> bool:
         """Give the library more of the file; return False at its end."""
@@ -115,11 +131,8 @@ class GzipStream(io.RawIOBase):
         self._inflater.start_member()
         self._between_members = False
 
-    def _inflate(self, target: memoryview) -> int:
-        try:
-            return self._inflater.inflate(target, to_boundary=self._to_boundary)
-        except CodecError as error:
-            raise BuildError(error.what, offset=self.input_position) from error
+    def _pass_boundary(self) -> None:
+        """Take note of a place between two blocks."""
 
 
 class ZstdStream(io.RawIOBase):

@@ -11,7 +11,7 @@ from harness import instrument, run
 with instrument():
     from builder.source.unpacking import GzipStream
     from builder.tarstream import TarStream
-    from builder.zran import ZranLimits, ZranStream
+    from builder.zran import BlockStream, ZranLimits, ZranPlaces
     from erofs.contexts import ZranContext, parse_zran
     from erofs.errors import CodecError, FormatError, NydusError
 
@@ -49,26 +49,27 @@ def _gunzip(data):
 
 
 def _index(data):
-    stream = ZranStream(io.BytesIO(data), _CHUNK, _LIMITS)
+    stream = BlockStream(io.BytesIO(data))
+    zran = ZranPlaces(stream, _CHUNK, _LIMITS)
     tar = TarStream(stream, "input")
     total = 0
     try:
         for member in tar:
             for _ in range(0, min(member.size, _OUTPUT_MAX), _CHUNK):
-                stream.begin_chunk()
+                zran.begin_chunk()
                 total += len(tar.read(_CHUNK))
-                place = stream.end_chunk()
-                context = stream.contexts[place.context]
+                place = zran.end_chunk()
+                context = zran.contexts[place.context]
                 assert context.in_offset + context.in_len <= len(data)
                 if total > _OUTPUT_MAX:
                     return
     except NydusError:
         return
     found, _ = parse_zran(
-        memoryview(b"".join(c.pack() for c in stream.contexts) + bytes(stream.dictionaries)),
-        len(stream.contexts),
+        memoryview(b"".join(c.pack() for c in zran.contexts) + bytes(zran.dictionaries)),
+        len(zran.contexts),
     )
-    assert list(found) == stream.contexts
+    assert list(found) == zran.contexts
 
 
 def target(data):

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
 import zlib
 from contextlib import suppress
+from unittest.mock import patch
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import builder.blocksahead
 from builder import BuildError
+from builder.blob import Place
+from builder.blocksahead import BlocksAhead
 from builder.errors import TarError
+from builder.source.opening import drain
 from builder.source.options import SourceOptions
 from builder.source.unpacking import GzipStream, ZstdStream
 from builder.stargz import read_toc
 from builder.taracl import parse_acl
-from builder.tarstream import TarStream
-from builder.zran import ZranLimits, ZranStream
+from builder.tarstream import ByteStream, TarStream
+from builder.zran import BlockStream, ZranLimits, ZranPlaces
 from erofs.contexts import ZranContext
 from erofs.errors import CodecError, FormatError
 
@@ -72,6 +78,18 @@ def gzipped(data: bytes, plan: list[Piece]) -> bytes:
     return packed
 
 
+def places(stream: ByteStream, zran: ZranPlaces, chunk_size: int) -> list[tuple[Place, bytes]]:
+    """Return place and content of each chunk of a tar."""
+    found = []
+    tar = TarStream(stream, "tar")
+    for member in tar:
+        for start in range(0, member.size, chunk_size):
+            zran.begin_chunk()
+            content = tar.read(min(chunk_size, member.size - start))
+            found.append((zran.end_chunk(), bytes(content)))
+    return found
+
+
 @given(files=contents, plan=pieces, shift=st.integers(0, 6))
 def test_every_chunk_is_where_its_context_says(
     files: list[bytes], plan: list[Piece], shift: int
@@ -79,21 +97,51 @@ def test_every_chunk_is_where_its_context_says(
     packed = gzipped(tar_of(files), plan)
     chunk_size = 0x1000
     least = 64 << shift
-    stream = ZranStream(io.BytesIO(packed), chunk_size, ZranLimits(least, 2 * least, 16 * least))
-    found = []
-    tar = TarStream(stream, "tar")
-    for member in tar:
-        for start in range(0, member.size, chunk_size):
-            stream.begin_chunk()
-            content = tar.read(min(chunk_size, member.size - start))
-            found.append((stream.end_chunk(), content))
+    stream = BlockStream(io.BytesIO(packed))
+    zran = ZranPlaces(stream, chunk_size, ZranLimits(least, 2 * least, 16 * least))
+    found = places(stream, zran, chunk_size)
     assert b"".join(content for _, content in found) == b"".join(files)
-    dictionaries = memoryview(bytes(stream.dictionaries))
+    dictionaries = memoryview(bytes(zran.dictionaries))
     for place, content in found:
-        context = stream.contexts[place.context or 0]
+        context = zran.contexts[place.context or 0]
         stored = packed[context.in_offset : context.in_offset + context.in_len]
         plain = context.inflate(stored, dictionaries)
         assert plain[place.data : place.data + len(content)] == content
+
+
+@settings(max_examples=30)
+@given(
+    files=contents,
+    plan=pieces,
+    shift=st.integers(0, 6),
+    piece=st.integers(500, 5000),
+    stops=st.integers(1, 9),
+    slots=st.integers(1, 3),
+)
+def test_inflating_ahead_stops_at_the_same_places(
+    files: list[bytes], plan: list[Piece], shift: int, piece: int, stops: int, slots: int
+) -> None:
+    packed = gzipped(tar_of(files), plan)
+    limits = ZranLimits(64 << shift, 128 << shift, 1024 << shift)
+    blocks = BlockStream(io.BytesIO(packed))
+    expected = ZranPlaces(blocks, 0x1000, limits)
+    found = places(blocks, expected, 0x1000)
+    with (
+        patch.multiple(
+            builder.blocksahead,
+            _PIECE_BYTES=piece,
+            _PIECE_STOPS=stops,
+            _SLOT_BYTES=piece + stops * 64,
+            _SLOTS=slots,
+        ),
+        BlocksAhead(io.BytesIO(packed), 0x1000, digested=True) as ahead,
+    ):
+        zran = ZranPlaces(ahead, 0x1000, limits)
+        assert places(ahead, zran, 0x1000) == found
+        drain(ahead)
+    assert zran.contexts == expected.contexts
+    assert zran.dictionaries == expected.dictionaries
+    assert ahead.layer == (hashlib.sha256(packed).hexdigest(), len(packed))
 
 
 @given(

@@ -30,11 +30,16 @@ LAYER_ID = hashlib.sha256(LAYER).hexdigest()
 
 
 def made(folder, layer=LAYER, **changes):
+    """Build an image of bytes; return the result."""
+    return built(folder, io.BytesIO(layer), **changes)
+
+
+def built(folder, source, **changes):
     """Build an image; return the result."""
     options = {"source_type": SourceType.TARGZ_REF, "blob_dir": folder, "chunk_size": 0x10000}
     if not changes.get("inline_bootstrap"):
         options["bootstrap"] = folder / "boot"
-    return build(io.BytesIO(layer), BuildOptions(**options | changes))
+    return build(source, BuildOptions(**options | changes))
 
 
 def unpacked(folder, bootstrap):
@@ -233,11 +238,19 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_layers_leave_nothing(tmp_path, case):
+def test_broken_layers_leave_nothing(tmp_path, monkeypatch, case):
     layer, text = BROKEN[case]
-    with pytest.raises(NydusError, match=text):
-        made(tmp_path, layer)
-    assert not list(tmp_path.iterdir())
+    out, path = tmp_path / "out", tmp_path / "layer"
+    out.mkdir()
+    path.write_bytes(layer)
+    told = []
+    for source, forks in ((io.BytesIO(layer), False), (path, False), (path, True)):
+        monkeypatch.setattr("builder.reference.can_fork", lambda forks=forks: forks)
+        with pytest.raises(NydusError, match=text) as caught:
+            built(out, source)
+        told.append((caught.value.reason, caught.value.where.get("offset")))
+        assert not list(out.iterdir())
+    assert len(set(told)) == 1
 
 
 def test_another_layer_is_told(tmp_path):

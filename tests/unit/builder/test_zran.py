@@ -9,7 +9,7 @@ from fakes.layer_image import content, gzipped, layer_tar
 
 from builder import BuildError
 from builder.tarstream import TarStream
-from builder.zran import ZranLimits, ZranStream
+from builder.zran import BlockStream, ZranLimits, ZranPlaces
 from tests.fixtures_path import FIXTURES, needs_fixtures
 
 NYDUS = FIXTURES / "nydus"
@@ -17,27 +17,28 @@ RECORD = 10240
 
 
 def places(packed, chunk_size, limits=None, tars=1):
-    """Return the stream, and (place, content) of each chunk of the tars in it."""
-    stream = ZranStream(io.BytesIO(packed), chunk_size, limits)
+    """Return contexts, and (place, content) of each chunk of the tars in it."""
+    stream = BlockStream(io.BytesIO(packed))
+    zran = ZranPlaces(stream, chunk_size, limits)
     found, read = [], 0
     for _ in range(tars):
         tar = TarStream(stream, "tar")
         for member in tar:
             for start in range(0, member.size, chunk_size):
-                stream.begin_chunk()
+                zran.begin_chunk()
                 data = tar.read(min(chunk_size, member.size - start))
-                found.append((stream.end_chunk(), data))
+                found.append((zran.end_chunk(), data))
         # On to the end of the record, where another tar may begin.
-        read = stream._output_position
+        read = stream.output_position
         while read % RECORD and (data := stream.read(RECORD - read % RECORD)):
             read += len(data)
-    return stream, found
+    return zran, found
 
 
-def assert_all_there(packed, stream, found):
-    dictionaries = memoryview(bytes(stream.dictionaries))
+def assert_all_there(packed, zran, found):
+    dictionaries = memoryview(bytes(zran.dictionaries))
     for place, data in found:
-        context = stream.contexts[place.context]
+        context = zran.contexts[place.context]
         stored = packed[context.in_offset : context.in_offset + context.in_len]
         plain = context.inflate(stored, dictionaries)
         assert plain[place.data : place.data + len(data)] == data
@@ -57,16 +58,16 @@ def test_as_others_find_them(name):
     expected = cases[name]
     limits = expected["limits"]
     packed = (NYDUS / name).read_bytes()
-    stream, found = places(
+    zran, found = places(
         packed,
         expected["chunk_size"],
         ZranLimits(limits["mn"], limits["mx"], limits["mu"]),
         tars=2 if "two" in name else 1,
     )
-    assert len(stream.contexts) == len(expected["contexts"])
-    for context, fields in zip(stream.contexts, expected["contexts"], strict=True):
+    assert len(zran.contexts) == len(expected["contexts"])
+    for context, fields in zip(zran.contexts, expected["contexts"], strict=True):
         end = context.dict_offset + context.dict_size
-        window = bytes(stream.dictionaries[context.dict_offset : end])
+        window = bytes(zran.dictionaries[context.dict_offset : end])
         assert hashlib.sha256(window).hexdigest() == fields.pop("dict_sha256")
         assert {key: getattr(context, key) for key in fields} == fields
     for (place, data), fields in zip(found, expected["chunks"], strict=True):
@@ -78,7 +79,7 @@ def test_as_others_find_them(name):
             "compressed_size": place.size,
             "sha256": hashlib.sha256(data).hexdigest(),
         }
-    assert_all_there(packed, stream, found)
+    assert_all_there(packed, zran, found)
 
 
 @pytest.mark.parametrize("level", [0, 1, 9])
@@ -87,13 +88,13 @@ def test_as_others_find_them(name):
 def test_every_chunk_is_there(level, members, chunk_size):
     files = [content(size, size) for size in (1, 511, 70_000, 512, 0, 300_000)]
     packed = gzipped(layer_tar(*files), members, level)
-    stream, found = places(packed, chunk_size, ZranLimits(1 << 12, 1 << 13, 1 << 15))
+    zran, found = places(packed, chunk_size, ZranLimits(1 << 12, 1 << 13, 1 << 15))
     assert b"".join(data for _, data in found) == b"".join(files)
-    assert_all_there(packed, stream, found)
-    assert [context.out_len <= 1 << 24 for context in stream.contexts]
+    assert_all_there(packed, zran, found)
+    assert [context.out_len <= 1 << 24 for context in zran.contexts]
     numbers = [place.context for place, _ in found]
     assert numbers == sorted(numbers)
-    assert set(numbers) == set(range(len(stream.contexts)))
+    assert set(numbers) == set(range(len(zran.contexts)))
 
 
 def test_blocks_that_are_too_large():
@@ -104,6 +105,6 @@ def test_blocks_that_are_too_large():
 
 
 def test_chunk_before_everything():
-    stream = ZranStream(io.BytesIO(gzipped(b"data")), 0x1000)
+    zran = ZranPlaces(BlockStream(io.BytesIO(gzipped(b"data"))), 0x1000)
     with pytest.raises(BuildError, match="first block"):
-        stream.begin_chunk()
+        zran.begin_chunk()

@@ -35,6 +35,7 @@ def boundaries(packed, size):
                 bits = inflater.unused_bits
                 byte = inflater.last_byte if bits else 0
                 found.append((place, done, bits, byte, inflater.window()))
+                assert inflater.window_size == len(found[-1][-1])
     assert target[:done] == DATA[:size]
     return found
 

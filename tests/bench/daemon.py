@@ -107,6 +107,7 @@ class DaemonBench:
             self._image.serve(peer, work_dir, latency),
         ):
             self._image.server.take_ranges()
+            self._warm()
             seconds = self._image.read("random", seed, count)
             ranges = self._image.server.take_ranges()
         if peer is None:

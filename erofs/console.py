@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -28,13 +30,31 @@ LOG_LEVELS = {
 }
 _NAMES = {"WARNING": "WARN"}
 _PROGRESS_SECONDS = 0.2
+_WIDTH = 80
+
+
+def _columns() -> int:
+    """Return how wide the terminal is, as `shutil` finds it, which takes 3 ms to load."""
+    with suppress(KeyError, ValueError):
+        if (columns := int(os.environ["COLUMNS"])) > 0:
+            return columns
+    with suppress(OSError):
+        return os.get_terminal_size(1).columns or _WIDTH
+    return _WIDTH
+
+
+class _Help(argparse.HelpFormatter):
+    """Made for each option that is added, too, as a check of it."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_columns() - 2)
 
 
 class CommandParser(argparse.ArgumentParser):
     """A parser that speaks of wrong usage as the real tools do: exit status 2, no guessing."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, **{"formatter_class": _Help, **options})
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong, the usage, and leave with status 2."""

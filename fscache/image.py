@@ -122,7 +122,7 @@ class ServedImage:
             self._prefetch(fetcher, domain)
 
     def prepare(self) -> None:
-        """Have a thread load what the first read takes, while the kernel is waited for."""
+        """Have a thread load what the first read takes, now that the mount need not wait for it."""
         threading.Thread(target=self._prepare, name="prepare", daemon=True).start()
 
     def _prepare(self) -> None:

@@ -70,13 +70,13 @@ class Runtime:
         except NydusError:
             image.close()
             raise
-        if domain.serves:
-            image.prepare()
         try:
             image.mount(domain, self._fetcher, options, self._keep)
         except BaseException:
             self._forget(image)
             raise
+        if domain.serves:
+            image.prepare()
         with self._lock:
             self._images.append(image)
         return image

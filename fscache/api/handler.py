@@ -1,4 +1,8 @@
-"""Serves connections of the API by the library's HTTP server; `fscache.api.routes` says what."""
+"""Serves connections of the API; `fscache.api.routes` says what.
+
+Heads of requests are read here, not by `http.server`: that and the mail parser below it take 15 ms
+to load, for which a client that has just started the daemon would wait.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,10 @@ import json
 import logging
 import socket
 import socketserver
+from collections.abc import Iterator
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler
-from typing import TYPE_CHECKING
+from io import BufferedIOBase
+from typing import TYPE_CHECKING, NamedTuple
 
 from fscache.api.message import Answer, Request
 from fscache.api.routes import answer
@@ -20,55 +25,120 @@ __all__ = ["ConnectionServer"]
 
 logger = logging.getLogger(__name__)
 
+HEAD_LIMIT = 65_536
 BODY_LIMIT = 51_200
 DISCARD_LIMIT = 1 << 20
+_METHODS = frozenset({"GET", "PUT", "POST", "DELETE", "PATCH"})
+_VERSIONS = ("HTTP/1.0", "HTTP/1.1")
+
+
+class _BadRequest(Exception):
+    """Bytes that are no request, or not one that is served."""
+
+
+class _Head(NamedTuple):
+    """What a request begins with; names of fields in small letters."""
+
+    method: str
+    target: str
+    version: str
+    fields: dict[str, str]
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the client wants to go on with the connection."""
+        said = self.fields.get("connection", "").lower()
+        return said == "keep-alive" if self.version == "HTTP/1.0" else said != "close"
+
+
+def _lines(file: BufferedIOBase) -> Iterator[str]:
+    """Yield the lines of a head without their ends; raise `_BadRequest`."""
+    left, begun = HEAD_LIMIT, False
+    while line := file.readline(left):
+        left -= len(line)
+        if not line.endswith(b"\n"):
+            break
+        text = line.rstrip(b"\r\n").decode("latin-1")
+        if text:
+            yield text
+        elif begun:
+            return
+        begun = begun or bool(text)
+    raise _BadRequest("head is too long, or ends too early")
+
+
+def _read_head(file: BufferedIOBase) -> _Head:
+    """Read the head of a request; raise `_BadRequest`."""
+    first, *rest = _lines(file)
+    words = first.split(" ")
+    if len(words) != 3 or words[2] not in _VERSIONS:
+        raise _BadRequest("no request of HTTP/1.1")
+    if words[0] not in _METHODS:
+        raise _BadRequest("unsupported method")
+    fields: dict[str, str] = {}
+    for line in rest:
+        name, colon, value = line.partition(":")
+        if not colon or not name or name != name.strip():
+            raise _BadRequest("wrong header field")
+        name, value = name.lower(), value.strip()
+        if fields.setdefault(name, value) != value and name == "content-length":
+            raise _BadRequest("two lengths of the body")
+    return _Head(words[0], words[1], words[2], fields)
 
 
 def _failure(message: str) -> Answer:
     return Answer(HTTPStatus.BAD_REQUEST, {"code": "UNDEFINED", "message": message})
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(socketserver.StreamRequestHandler):
     timeout = 60
     server: ConnectionServer
 
-    def handle_one_request(self) -> None:
+    def handle(self) -> None:
+        """Answer one request after the other until the client, or a time limit, ends that."""
+        try:
+            while self._comes() and self._serve():
+                pass
+        except OSError as error:
+            logger.debug("api: %s", error)
+
+    def _comes(self) -> bool:
         """Wait for a request, however long: a client takes the end of an idle one for our death."""
         self.connection.settimeout(None)
-        try:
-            comes = self.rfile.peek(1)  # type: ignore[attr-defined]
-        except ConnectionError:
-            comes = b""
-        if not comes:
-            self.close_connection = True
-            return
+        comes = bool(self.rfile.peek(1))  # type: ignore[attr-defined]
         self.connection.settimeout(self.timeout)
-        super().handle_one_request()
+        return comes
 
-    def _serve(self) -> None:
-        length = self.headers.get("Content-Length", "0")
-        if (
-            not length.isdecimal()
-            or int(length) > BODY_LIMIT
-            or "Transfer-Encoding" in self.headers
-        ):
-            self.close_connection = True
+    def _serve(self) -> bool:
+        """Answer a request; return whether another one may follow."""
+        try:
+            head = _read_head(self.rfile)
+            body = self._body(head)
+        except _BadRequest as error:
+            self._send(_failure(str(error)), keeps=False)
+            return False
+        said = answer(self.server.daemon, Request.parse(head.method, head.target, body))
+        self._send(said, keeps=head.keeps)
+        return head.keeps
+
+    def _body(self, head: _Head) -> bytes:
+        """Read the body of a request; raise `_BadRequest`."""
+        length = head.fields.get("content-length", "0")
+        known = length.isdecimal() and "transfer-encoding" not in head.fields
+        if not known or int(length) > BODY_LIMIT:
             # Taken in all the same, so that a client which still sends gets to the answer.
             if length.isdecimal():
                 self.rfile.read(min(int(length), DISCARD_LIMIT))
-            self._send(_failure("body is too large or of unknown length"))
-            return
-        body = self.rfile.read(int(length))
-        self._send(answer(self.server.daemon, Request.parse(self.command, self.path, body)))
+            raise _BadRequest("body is too large or of unknown length")
+        if head.fields.get("expect", "").lower() == "100-continue":
+            self.wfile.write(b"HTTP/1.1 100 \r\n\r\n")
+        return self.rfile.read(int(length))
 
-    do_GET = do_PUT = do_POST = do_DELETE = do_PATCH = _serve  # noqa: N815 -- names of http.server
-
-    def _send(self, answer: Answer) -> None:
+    def _send(self, answer: Answer, *, keeps: bool) -> None:
         lines = [
             f"HTTP/1.1 {answer.status.value} ",
             "Server: Nydus API",
-            f"Connection: {'close' if self.close_connection else 'keep-alive'}",
+            f"Connection: {'keep-alive' if keeps else 'close'}",
         ]
         body = b""
         if answer.body is not None:
@@ -79,14 +149,6 @@ class _Handler(BaseHTTPRequestHandler):
             )
             lines += [f"Content-Type: {answer.content_type}", f"Content-Length: {len(body)}"]
         self.wfile.write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
-
-    def address_string(self) -> str:
-        """Return who asks: a unix socket has no address."""
-        return "api"
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- of http.server
-        """Log to our own log."""
-        logger.debug("api: " + format, *args)
 
 
 class ConnectionServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):

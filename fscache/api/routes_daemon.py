@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import platform
+import sys
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Protocol
@@ -49,7 +49,7 @@ def info(daemon: AnyDaemon, collection: Mapping[str, object] | None) -> Answer:
                 "git_commit": GIT_COMMIT,
                 "build_time": "unknown",
                 "profile": "release",
-                "rustc": f"python {platform.python_version()}",
+                "rustc": f"python {sys.version.split()[0]}",
             },
             "id": daemon.options.id,
             "supervisor": daemon.options.supervisor,

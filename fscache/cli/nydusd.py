@@ -107,18 +107,20 @@ def _common() -> CommandParser:
 
 
 def _parser(chosen: str | None) -> CommandParser:
-    """Know all sub-commands, and the words of the chosen one: those of others take time to load."""
+    """Know the chosen sub-command, or the names of all: what is not needed takes time to make."""
     parser = CommandParser(
         prog="nydusd",
         description="Serve container images to the kernel's EROFS, fetching what is read",
     )
     parser.add_argument("-V", "--version", action="store_true", help="Print version")
     commands = parser.add_subparsers(title="Commands", dest="command", metavar="<COMMAND>")
-    for name, (summary, description, shared, add) in _COMMANDS.items():
-        parents = [shared()] if name == chosen and shared is not None else []
-        command = commands.add_parser(name, parents=parents, help=summary, description=description)
-        if name == chosen:
-            add(command)
+    if chosen is None:
+        for name, (summary, *_) in _COMMANDS.items():
+            commands.add_parser(name, help=summary)
+        return parser
+    summary, description, shared, add = _COMMANDS[chosen]
+    parents = [shared()] if shared is not None else []
+    add(commands.add_parser(chosen, parents=parents, help=summary, description=description))
     return parser
 
 
@@ -448,7 +450,7 @@ def _with_command(words: list[str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     words = _with_command(list(sys.argv[1:] if argv is None else argv))
-    parser = _parser(next((word for word in words if word in _COMMANDS), None))
+    parser = _parser(words[0] if words and words[0] in _COMMANDS else None)
     arguments = parser.parse_args(words)
     arguments.words = words
     if arguments.version:

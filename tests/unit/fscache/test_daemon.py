@@ -128,6 +128,75 @@ def test_idle_connections_stay(api, monkeypatch, tmp_path):
         assert idle.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
+def say(path, request):
+    """Send bytes on a connection of their own, and return all that is said to them."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(60)
+        client.connect(str(path))
+        client.sendall(request)
+        client.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+INFLIGHT = b"GET /api/v1/metrics/inflight HTTP/1.1\r\n"
+LEVEL = b'{"log_level":"info"}'
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"GET /api/v1/daemon\r\n\r\n",
+        b"GET /api/v1/daemon HTTP/2.0\r\n\r\n",
+        b"GET  /api/v1/daemon HTTP/1.1\r\n\r\n",
+        b"\0\1\2\r\n\r\n",
+        b"BREW /api/v1/daemon HTTP/1.1\r\n\r\n",
+        b"get /api/v1/daemon HTTP/1.1\r\n\r\n",
+        INFLIGHT + b"no field\r\n\r\n",
+        INFLIGHT + b": nameless\r\n\r\n",
+        INFLIGHT + b"A: b\r\n folded: c\r\n\r\n",
+        INFLIGHT + b"Content-Length : 0\r\n\r\n",
+        INFLIGHT + b"Content-Length: 0\r\ncontent-length: 1\r\n\r\n",
+        INFLIGHT + b"Content-Length: -1\r\n\r\n",
+        INFLIGHT + b"Host: x\r\n",
+        # As long as a head can be.
+        (INFLIGHT + b"X: ").ljust(65_536, b"x"),
+        b"PUT /api/v1/daemon HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"PUT /api/v1/daemon HTTP/1.1\r\nContent-Length: 60016\r\n\r\n" + b"x" * 60016,
+    ],
+)
+def test_requests_that_are_none(api, tmp_path, request_bytes):
+    said = say(tmp_path / "api.sock", request_bytes)
+    assert said.startswith(b"HTTP/1.1 400 \r\n")
+    # Once: what follows is not taken for a request.
+    assert said.count(b"HTTP/1.1 ") == 1
+    assert b"\r\nConnection: close\r\n" in said
+    assert json.loads(said.partition(b"\r\n\r\n")[2])["code"] == "UNDEFINED"
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "statuses"),
+    [
+        (INFLIGHT + b"\r\n" + INFLIGHT + b"Host: x\n\n", [204, 204]),
+        (b"\r\n" + INFLIGHT + b"Connection: Close\r\n\r\n" + INFLIGHT + b"\r\n", [204]),
+        (INFLIGHT.replace(b"1.1\r", b"1.0\r") + b"\r\n" + INFLIGHT + b"\r\n", [204]),
+        (
+            INFLIGHT.replace(b"1.1\r", b"1.0\r") + b"Connection: keep-alive\r\n\r\n"
+            + INFLIGHT + b"\r\n",
+            [204, 204],
+        ),
+        (
+            b"PUT /api/v1/daemon HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 20\r\n\r\n"
+            + LEVEL,
+            [100, 204],
+        ),
+        (b"", []),
+    ],
+)  # fmt: skip
+def test_several_requests(api, tmp_path, request_bytes, statuses):
+    said = say(tmp_path / "api.sock", request_bytes)
+    assert [int(part[:3]) for part in said.split(b"HTTP/1.1 ")[1:]] == statuses
+
+
 def test_clients_wait_for_the_start(tmp_path, image):
     daemon = make(tmp_path, image)
     server = ApiServer(tmp_path / "api.sock")

@@ -22,13 +22,13 @@ from builder.oci.place import Source, Verifier
 from builder.oci.records import Descriptor
 from erofs.errors import error_context
 from fscache.backend import BackendError, NotFound, ObjectStoreConfig, Unavailable
+from fscache.backend.answer import Answer
 from fscache.backend.base import BlobReader
 from fscache.backend.objectstore import ObjectStoreBackend
 from fscache.backend.ranges import status_error
 from fscache.backend.retry import RetryPolicy
 from fscache.backend.session import SessionSender
 from fscache.backend.signing import Query
-from fscache.backend.transport import Answer
 
 __all__ = ["ObjectBlobs", "object_backend"]
 

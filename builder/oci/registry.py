@@ -23,6 +23,7 @@ from builder.oci.records import DOCUMENT_LIMIT, Descriptor, Index, check_digest,
 from builder.oci.transfer import resumed_pieces
 from builder.oci.upload import BlobUpload, Session
 from erofs.errors import NydusError, error_context
+from fscache.backend.answer import Answer
 from fscache.backend.base import AuthError, BackendError, BlobReader, NotFound
 from fscache.backend.distribution import RegistryClient
 from fscache.backend.dockerauth import docker_credentials
@@ -35,7 +36,6 @@ from fscache.backend.retry import RetryPolicy
 from fscache.backend.sender import Body, Sender
 from fscache.backend.session import SessionSender
 from fscache.backend.settings import MirrorConfig, RegistryConfig
-from fscache.backend.transport import Answer
 
 __all__ = ["RegistrySettings", "Repository"]
 

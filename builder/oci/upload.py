@@ -15,11 +15,11 @@ from urllib.parse import urlencode, urlsplit, urlunsplit
 
 from builder.oci import media
 from builder.oci.records import Descriptor
+from fscache.backend.answer import Answer
 from fscache.backend.base import BackendError, Unavailable
 from fscache.backend.ranges import status_error
 from fscache.backend.redirects import redirect_target
 from fscache.backend.sender import Body
-from fscache.backend.transport import Answer
 
 __all__ = ["BlobUpload", "Session", "UploadLost"]
 

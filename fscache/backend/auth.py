@@ -21,7 +21,7 @@ from fscache.backend.sender import Sender, host_of, split_address
 from fscache.backend.settings import Credentials
 
 if TYPE_CHECKING:
-    from fscache.backend.transport import Answer
+    from fscache.backend.answer import Answer
 
 __all__ = ["Authorizer"]
 
@@ -120,7 +120,7 @@ class Authorizer:
         """
         if self._fixed is not None:
             return None
-        challenge = choose_challenge(answer.headers.getlist("WWW-Authenticate"))
+        challenge = choose_challenge(answer.headers.get_all("WWW-Authenticate") or [])
         if challenge is None:
             return None
         if challenge.scheme == "basic":

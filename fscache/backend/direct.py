@@ -13,7 +13,8 @@ from fscache.backend.sender import Body, Sender
 from fscache.backend.settings import NetworkConfig
 
 if TYPE_CHECKING:
-    from fscache.backend.transport import Answer, Transport
+    from fscache.backend.answer import Answer
+    from fscache.backend.transport import Transport
 
 __all__ = ["DirectSender"]
 

@@ -16,7 +16,7 @@ from fscache.backend.sender import Body, Sender, TlsFailure, split_address
 from fscache.backend.settings import Credentials, RegistryConfig
 
 if TYPE_CHECKING:
-    from fscache.backend.transport import Answer
+    from fscache.backend.answer import Answer
 
 __all__ = ["RegistryClient"]
 

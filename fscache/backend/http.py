@@ -16,7 +16,7 @@ from fscache.backend.senders import open_sender
 from fscache.backend.settings import HttpProxyConfig
 
 if TYPE_CHECKING:
-    from fscache.backend.transport import Answer
+    from fscache.backend.answer import Answer
 
 __all__ = ["HttpProxyBackend"]
 

@@ -14,7 +14,7 @@ from fscache.backend.sender import Body, Sender, host_of, split_address
 from fscache.backend.settings import MirrorConfig, NetworkConfig
 
 if TYPE_CHECKING:
-    from fscache.backend.transport import Answer
+    from fscache.backend.answer import Answer
 
 __all__ = ["MirrorSender"]
 

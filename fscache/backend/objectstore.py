@@ -22,7 +22,7 @@ from fscache.backend.settings import ObjectStoreConfig
 from fscache.backend.signing import EMPTY_DIGEST, Query, query_text, sign_oss, sign_s3
 
 if TYPE_CHECKING:
-    from fscache.backend.transport import Answer
+    from fscache.backend.answer import Answer
 
 __all__ = ["ObjectStore", "ObjectStoreBackend"]
 

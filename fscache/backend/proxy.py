@@ -10,11 +10,12 @@ from urllib.parse import unquote
 
 from urllib3 import ProxyManager, make_headers
 
+from fscache.backend.answer import Answer
 from fscache.backend.base import AuthError, BackendError, Unavailable
 from fscache.backend.health import Health, pinger
+from fscache.backend.pooled import PooledTransport, pool_options
 from fscache.backend.sender import Body, Sender, host_of, split_address
 from fscache.backend.settings import NetworkConfig, ProxyConfig
-from fscache.backend.transport import Answer, Transport, pool_options
 
 __all__ = ["ProxySender", "RateLimit", "proxy_address"]
 
@@ -84,7 +85,7 @@ class ProxySender:
             proxy_headers=make_headers(proxy_basic_auth=auth) if auth else None,
             **pool_options(config),
         )
-        self._through = Transport(config, opener=manager)
+        self._through = PooledTransport(config, manager)
         self._direct = direct
         self._fallback = proxy.fallback
         self._use_http = proxy.use_http

@@ -23,7 +23,7 @@ from fscache.backend.base import (
 from fscache.backend.breaker import Breaker
 
 if TYPE_CHECKING:
-    from fscache.backend.transport import Answer
+    from fscache.backend.answer import Answer
 
 __all__ = ["RangeReader", "Request", "check_partial", "status_error"]
 

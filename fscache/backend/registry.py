@@ -17,7 +17,7 @@ from fscache.backend.senders import open_sender
 from fscache.backend.settings import Credentials, RegistryConfig
 
 if TYPE_CHECKING:
-    from fscache.backend.transport import Answer
+    from fscache.backend.answer import Answer
 
 __all__ = ["RegistryBackend"]
 

@@ -9,7 +9,7 @@ from urllib.parse import SplitResult, urlsplit
 from fscache.backend.base import BackendError, Unavailable
 
 if TYPE_CHECKING:
-    from fscache.backend.transport import Answer
+    from fscache.backend.answer import Answer
 
 __all__ = ["Body", "Sender", "TlsFailure", "host_of", "split_address"]
 

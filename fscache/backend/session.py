@@ -6,19 +6,19 @@ answers, time limits and errors are the same.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import requests
-import urllib3
 from requests.adapters import HTTPAdapter
-from urllib3.exceptions import HTTPError, InsecureRequestWarning, MaxRetryError
+from urllib3.exceptions import HTTPError
 
-from fscache.backend.base import BackendError, Unavailable
+from fscache.backend.answer import Answer
+from fscache.backend.base import BackendError
+from fscache.backend.pooled import PooledAnswer, pool_failure, silence_warnings
 from fscache.backend.sender import Body, Sender, host_of
 from fscache.backend.settings import NetworkConfig
-from fscache.backend.transport import POOL_CONNECTIONS, POOL_HOSTS, Answer, failure, tls_context
+from fscache.backend.transport import POOL_CONNECTIONS, POOL_HOSTS, time_left, tls_context
 
 __all__ = ["SessionSender"]
 
@@ -57,8 +57,7 @@ class SessionSender:
         self._connect_timeout = config.connect_timeout
         self._timeout = config.timeout
         self._verify = not config.skip_verify
-        if config.skip_verify:
-            urllib3.disable_warnings(InsecureRequestWarning)
+        silence_warnings(config)
         self._session = requests.Session()
         self._session.auth = _unchanged
         self._session.headers.clear()
@@ -74,9 +73,7 @@ class SessionSender:
         body: Body | None = None,
     ) -> Answer:
         """Send one request; see `Sender.send`."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise Unavailable(f"no time left to ask {host_of(url)}", temporary=True)
+        left = time_left(deadline, url)
         settings = self._session.merge_environment_settings(
             url, {}, True, self._verify or None, None
         )
@@ -99,7 +96,7 @@ class SessionSender:
             )
         except (requests.RequestException, HTTPError, OSError) as error:
             raise _translated(error, host_of(url)) from error
-        return Answer(response.raw, url)
+        return PooledAnswer(url, response.raw)
 
     def prepare(self, url: str) -> None:
         """Do nothing: the library is loaded."""
@@ -116,10 +113,8 @@ class SessionSender:
 def _translated(error: Exception, host: str) -> BackendError:
     """Return our error for the one inside of the library's."""
     inner = error.args[0] if error.args else error
-    if isinstance(inner, MaxRetryError) and inner.reason is not None:
-        inner = inner.reason
     if isinstance(inner, HTTPError):
-        return failure(inner, host)
+        return pool_failure(inner, host)
     if isinstance(error, requests.exceptions.InvalidURL):
         return BackendError(f"address of {host} is none")
-    return failure(error, host)
+    return pool_failure(error, host)

@@ -62,12 +62,11 @@ def write_nydusd(path: Path, *, commit: str = "", other: Path | str | None = Non
     if other:
         command = shlex.quote(str(Path(other).resolve(strict=True)))
         # What the original sets by default may be more than this machine permits.
-        limit = '[ "$1" != fuse ] || set -- "$@" --rlimit-nofile 0'
+        before = '[ "$1" != fuse ] || set -- "$@" --rlimit-nofile 0'
     else:
-        python = f"PYTHONPATH={shlex.quote(str(CHECKOUT))} {shlex.quote(sys.executable)}"
-        command = f"env {python} -m fscache"
-        limit = ""
-    lines = ["#!/bin/sh", limit]
+        command = f"{shlex.quote(sys.executable)} -m fscache"
+        before = f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}"
+    lines = ["#!/bin/sh", before]
     if commit:
         change = f'sed "s/^Git Commit:.*/Git Commit: {commit}/"'
         lines.append(f'if [ "$1" = --version ]; then {command} "$@" | {change}; exit; fi')

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from fscache.backend.answer import Answer, failure
 from fscache.backend.base import BackendError, ShortRead, Unavailable
@@ -34,6 +34,19 @@ POOL_HOSTS = 16
 # Scheme, host and port of connections that serve one another's requests.
 _Place = tuple[str, str, int]
 _PORTS = {"http": 80, "https": 443}
+# What addresses are made of; what is none of it, and no letter or digit, is escaped.
+_SAFE = "%/:?#[]@!$&'()*+,;=-._~"
+
+
+def _split(url: str) -> tuple[_Place, str]:
+    """Return where a request goes, and what it asks for there; raise `BackendError`."""
+    try:
+        parts = urlsplit(url)
+        place = (parts.scheme, parts.hostname or "", parts.port or _PORTS[parts.scheme])
+    except (ValueError, KeyError) as error:
+        raise BackendError(f"{host_of(url)} is not an http(s) address") from error
+    target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+    return place, quote(target, safe=_SAFE)
 
 
 class _UnixConnection(HTTPConnection):
@@ -231,9 +244,7 @@ class Transport:
     ) -> Answer:
         """Send one request; see `Sender.send`."""
         left = time_left(deadline, url)
-        parts = urlsplit(url)
-        target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
-        place = (parts.scheme, parts.hostname or "", parts.port or _PORTS.get(parts.scheme, 0))
+        place, target = _split(url)
         try:
             connection = self._connection(place, min(self._config.connect_timeout, left))
             try:

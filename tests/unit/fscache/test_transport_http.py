@@ -194,6 +194,21 @@ def test_lengths_that_are_none(serve, lengths):
         answer.length()
 
 
+@pytest.mark.parametrize(
+    "url", ["http://h:99999/x", "http://h:port/x", "http://[::1/x", "ftp://h/x", "no address"]
+)
+def test_addresses_that_are_none(url):
+    with pytest.raises(BackendError, match="is not an http"):
+        Transport(NetworkConfig()).send("GET", url, {}, soon())
+
+
+def test_targets_are_escaped_once(serve):
+    server, ask = serve(FIVE)
+    with ask("/a b/\u00e4%20?c=d%2F\u00e4&e"):
+        pass
+    assert server.heads[0].split(b"\r\n")[0] == b"GET /a%20b/%C3%A4%20?c=d%2F%C3%A4&e HTTP/1.1"
+
+
 def test_idle_connections_are_few(monkeypatch):
     monkeypatch.setattr(transport, "POOL_CONNECTIONS", 2)
     monkeypatch.setattr(transport, "POOL_HOSTS", 2)

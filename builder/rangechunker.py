@@ -55,6 +55,8 @@ class RangeChunker(Chunker):
         self._start = 0
         self._parts: list[Part] = []
         self._nodes: list[Node] = []
+        # Libraries are loaded once, before there are processes.
+        self._work([Piece(Node(0), b"\0")])
         self._workers = ForkedWorkers(
             workers or os.cpu_count() or 1,
             descriptor,

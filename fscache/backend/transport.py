@@ -244,7 +244,7 @@ class Transport:
     ) -> Answer:
         """Send one request; see `Sender.send`."""
         left = time_left(deadline, url)
-        place, target = _split(url)
+        place, target = _split(f"http://localhost{url}" if self._unix else url)
         try:
             connection = self._connection(place, min(self._config.connect_timeout, left))
             try:

@@ -94,6 +94,10 @@ class Failing(io.BytesIO):
         return super().read(size) or self._fail()
 
 
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def refuse():
     raise OSError(errno.EIO, "Input/output error")
 
@@ -102,7 +106,7 @@ def refuse():
     ("fail", "kind", "text"),
     [
         (refuse, OSError, "Input/output error"),
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), BuildError, "process that inflates has"),
+        (killed, BuildError, "process that inflates has"),
         (lambda: b"", BuildError, "ends too early"),
     ],
     ids=["unreadable", "killed", "broken"],
@@ -116,7 +120,8 @@ def test_what_was_inflated_before_is_there(fail, kind, text):
             shutil.copyfileobj(ahead, found)
     length = len(found.getvalue())
     assert found.getvalue() == plain[:length]
-    assert length > len(plain) // 2 - (2 << 20)
+    # Of a process that is killed, what it has said last may be lost.
+    assert fail is killed or length > len(plain) // 2 - (2 << 20)
 
 
 def test_process_ends_with_the_block():

@@ -33,6 +33,14 @@ FIVE = OK + b"Content-Length: 5\r\n\r\nhello"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
+def _head(requests):
+    """Read the head of a request, nothing at the end of the connection."""
+    lines = []
+    while (line := requests.readline()) not in (b"\r\n", b""):
+        lines.append(line)
+    return b"".join(lines)
+
+
 class RawServer:
     """Answers the n-th request of all with the n-th text; closes a connection where one says so."""
 
@@ -59,7 +67,7 @@ class RawServer:
 
     def _answer(self, connection):
         with connection.makefile("rb") as requests:
-            while head := b"".join(iter(requests.readline, b"\r\n")):
+            while head := _head(requests):
                 self.heads.append(head)
                 text, ends = self.answers.pop(0)
                 connection.sendall(text)

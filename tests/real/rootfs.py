@@ -15,7 +15,7 @@ from tests.demo.hostroot import Collector
 __all__ = ["BIG", "PIECE", "Layers", "make_layers"]
 
 BIG = "/data/big"
-BIG_SIZE = 64 << 20
+BIG_SIZE = 128 << 20
 PIECE = 512 << 10
 _PROGRAMS = ("sh", "cat", "dd", "ls", "sha256sum", "sleep", "touch", "true")
 

@@ -20,8 +20,9 @@ pytestmark = [
 ]
 
 SECONDS = 90.0
-# How many pieces `open` and `new` have read by the end of each phase.
-BOUNDS = (8, 24, 40, 56)
+# How many pieces of half a mebibyte `open` and `new` have read by the end of each phase. Those in
+# which they are to wait are longer than what is fetched ahead of them, 16 MiB.
+BOUNDS = (8, 48, 88, 128)
 
 
 def start(rig, image, layers):

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 HEAD_LIMIT = 65_536
 BODY_LIMIT = 51_200
 DISCARD_LIMIT = 1 << 20
+_LENGTH_DIGITS = 20
 _METHODS = frozenset({"GET", "PUT", "POST", "DELETE", "PATCH"})
 _VERSIONS = ("HTTP/1.0", "HTTP/1.1")
 
@@ -124,15 +125,16 @@ class _Handler(socketserver.StreamRequestHandler):
     def _body(self, head: _Head) -> bytes:
         """Read the body of a request; raise `_BadRequest`."""
         length = head.fields.get("content-length", "0")
-        known = length.isdecimal() and "transfer-encoding" not in head.fields
-        if not known or int(length) > BODY_LIMIT:
+        # A number of thousands of digits is none for `int`.
+        size = int(length) if length.isdecimal() and len(length) < _LENGTH_DIGITS else None
+        if size is None or size > BODY_LIMIT or "transfer-encoding" in head.fields:
             # Taken in all the same, so that a client which still sends gets to the answer.
-            if length.isdecimal():
-                self.rfile.read(min(int(length), DISCARD_LIMIT))
+            if size is not None:
+                self.rfile.read(min(size, DISCARD_LIMIT))
             raise _BadRequest("body is too large or of unknown length")
         if head.fields.get("expect", "").lower() == "100-continue":
             self.wfile.write(b"HTTP/1.1 100 \r\n\r\n")
-        return self.rfile.read(int(length))
+        return self.rfile.read(size)
 
     def _send(self, answer: Answer, *, keeps: bool) -> None:
         lines = [

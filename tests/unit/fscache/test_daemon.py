@@ -157,6 +157,7 @@ LEVEL = b'{"log_level":"info"}'
         INFLIGHT + b"Content-Length : 0\r\n\r\n",
         INFLIGHT + b"Content-Length: 0\r\ncontent-length: 1\r\n\r\n",
         INFLIGHT + b"Content-Length: -1\r\n\r\n",
+        INFLIGHT + b"Content-Length: " + b"1" * 5000 + b"\r\n\r\n",
         INFLIGHT + b"Host: x\r\n",
         # As long as a head can be.
         (INFLIGHT + b"X: ").ljust(65_536, b"x"),

@@ -88,6 +88,9 @@ class FakeKvm:
         self.stderr = ""
         self.runs = 0
         (tmp_path / "boot_id").write_text("boot-1\n")
+        self.cpuinfo = tmp_path / "cpuinfo"
+        self.cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu svm sse\n")
+        monkeypatch.setattr(kvm, "_CPUINFO", self.cpuinfo)
         monkeypatch.setattr(kvm, "_DEVICE", Path("/dev/null"))
         monkeypatch.setattr(kvm, "_BOOT_ID", tmp_path / "boot_id")
         monkeypatch.setattr(kvm, "kernels_directory", lambda: tmp_path)
@@ -135,4 +138,11 @@ def test_kvm_that_fails_is_tried_again(fake):
 def test_kvm_without_a_device(fake, monkeypatch, tmp_path):
     monkeypatch.setattr(kvm, "_DEVICE", tmp_path / "kvm")
     assert fake.defect() == f"{tmp_path}/kvm: No such file or directory"
+    assert fake.runs == 0
+
+
+@pytest.mark.parametrize("text", ["flags\t\t: fpu sse hypervisor\n", "model name : vmx\n", ""])
+def test_kvm_of_a_processor_without_virtualization_is_not_tried(fake, text):
+    fake.cpuinfo.write_text(text)
+    assert fake.defect() == "this processor has no virtualization (vmx, svm)"
     assert fake.runs == 0

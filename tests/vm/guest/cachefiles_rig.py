@@ -242,6 +242,7 @@ class Server:
         self.files = files
         self.events = []
         self.objects = {}
+        self.answered = set()
         self.on_read = self.fill
         self.lock = threading.Lock()
         self.stopped = False
@@ -275,9 +276,11 @@ class Server:
             if message.fd not in self.cache.fds:
                 self.cache.fds.append(message.fd)
             self.cache.copen(message, -errno.ENOENT if content is None else len(content))
+            self.answered.add(message.object_id)
             if content is None:
                 self.cache.drop(message.fd)
         elif isinstance(message, Close):
+            self.answered.discard(message.object_id)
             known = self.objects.pop(message.object_id, None)
             if known is not None:
                 self.cache.drop(known[0].fd)

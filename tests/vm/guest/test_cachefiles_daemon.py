@@ -211,7 +211,8 @@ def test_cache_stays_warm_when_the_transport_changes(node, image):
     first = node.server.bytes_sent[image.blob_id]
     mounted_by_word(node, image, "cachefiles", same)
     (stored,) = image.blobs.values()
-    assert 0 < first < node.server.bytes_sent[image.blob_id] < 1.1 * len(stored)
+    # The chunks of the two files that were read; what is fetched ahead may be lost at an end.
+    assert 0 < node.server.bytes_sent[image.blob_id] - first < len(stored) - 4 * CHUNK
     node.server.fault = 404
     shutil.rmtree(node.work / "cachefiles")
     for transport in ("nbd", "eager"):

@@ -72,13 +72,17 @@ class Served:
         return self.target / "data"
 
     def object(self, name):
-        """Return the OPEN of the file that is open now."""
-        (found,) = [
-            message
-            for message, _ in self.server.objects.values()
-            if message.cookie_key == name.encode()
-        ]
+        """Return the OPEN of the file that is open now; that of a blob may follow the mount."""
+        wait_until(lambda: self._opens(name))
+        (found,) = self._opens(name)
         return found
+
+    def _opens(self, name):
+        return [
+            message
+            for message, _ in list(self.server.objects.values())
+            if message.cookie_key == name.encode() and message.object_id in self.server.answered
+        ]
 
     def reads(self):
         """Return the READs of the blob, over all its openings."""

@@ -16,7 +16,6 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import NamedTuple, NoReturn, Self
 
 from builder.blob import Data, Stored
@@ -281,12 +280,7 @@ class ForkedWorkers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -122,7 +122,7 @@ class _Worker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.kill()
         with self._process:
             pass

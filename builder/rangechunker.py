@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import NoReturn
 
 from builder.blob import BlobFormat, BlobWriter
@@ -165,11 +164,6 @@ class RangeChunker(Chunker):
         self._submit_range()
         super().finish()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._workers.close()
-        super().__exit__(kind, error, trace)
+        super().__exit__(*exception)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from builder.blob import BlobFormat, BlobWriter, Stored
@@ -187,14 +186,9 @@ class BlobCopy:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._output.__exit__(kind, error, trace)
+        self._output.__exit__(kind, *rest)
 
 
 def is_encrypted(blob: BlobEntry) -> bool:

@@ -13,7 +13,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from http.client import IncompleteRead
-from types import TracebackType
 from typing import Protocol, Self, overload
 
 from fscache.backend.base import BackendError, ShortRead, Unavailable
@@ -78,12 +77,7 @@ class Answer(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(keep=kind is None)
 
     def close(self, *, keep: bool = True) -> None:

@@ -17,7 +17,7 @@ from builder.prefetch import PrefetchPolicy, find_node, parse_patterns, pattern_
 from builder.source.options import WhiteoutSpec
 from builder.throughlinks import follow_links
 from erofs import AnyBootstrap, Bootstrap, BootstrapSpec, Node
-from erofs.rafs import BlobEntry, BlobFeatures, Compressor, SuperFlags
+from erofs.rafs import BlobEntry, BlobFeatures, SuperFlags
 from erofs.tree import iter_directories
 from erofs.writer import emit_bootstrap
 
@@ -219,11 +219,8 @@ def _check_lists(sources: Sequence[Path], options: MergeOptions) -> None:
         raise BuildError("number of sources", expected=f"1 to {_MAX_LAYERS}", got=len(sources))
 
 
-def merge(sources: Sequence[Path], options: MergeOptions) -> tuple[BuildResult, Compressor]:
+def merge(sources: Sequence[Path], options: MergeOptions) -> BuildResult:
     """Merge bootstraps, lowest layer first, and write the result.
-
-    Returns:
-        What was written, and the compressor that the result names.
 
     Raises:
         InconsistentLayers: layers that differ in what an image has only once.
@@ -265,7 +262,8 @@ def merge(sources: Sequence[Path], options: MergeOptions) -> tuple[BuildResult, 
         )
         result.bootstrap = write_bootstrap_file(data, options.bootstrap, options.blob_dir)
     result.blobs = [blob.id for blob in blobs]
-    return result, last.compressor
+    result.compressor = last.compressor
+    return result
 
 
 def _open(path: Path, options: MergeOptions) -> AnyBootstrap:

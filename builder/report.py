@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from builder.output import write_file
 from erofs.rafs import Compressor
 from erofs.version import VERSION
 
-__all__ = ["COMPRESSOR_NAMES", "owner_events", "report", "write_report"]
+if TYPE_CHECKING:
+    from builder.options import BuildResult
+
+__all__ = ["COMPRESSOR_NAMES", "owner_events", "report", "write_report", "write_result"]
 
 COMPRESSOR_NAMES = {
     Compressor.NONE: "none",
@@ -30,8 +34,8 @@ def report(
     external_blobs: Sequence[str] = (),
     compressor: Compressor,
     version: int = 6,
-    seconds: dict[str, float],
-    events: dict[str, int | str],
+    seconds: Mapping[str, float],
+    events: Mapping[str, int | str],
 ) -> dict[str, object]:
     """Return the report with the keys that callers of the real tool read."""
     return {
@@ -40,7 +44,10 @@ def report(
         "blobs": list(blobs),
         "external_bootstrap": "" if external_bootstrap is None else str(external_bootstrap),
         "external_blobs": list(external_blobs),
-        "trace": {"consumed_time": dict(sorted(seconds.items())), "registered_events": events},
+        "trace": {
+            "consumed_time": dict(sorted(seconds.items())),
+            "registered_events": dict(events),
+        },
         "fs_version": str(version),
         "compressor": COMPRESSOR_NAMES[compressor],
     }
@@ -56,3 +63,21 @@ def write_report(path: Path, content: dict[str, object], *, indent: int | None =
     separators = (",", ":") if indent is None else None
     text = json.dumps(content, indent=indent, separators=separators, ensure_ascii=False)
     write_file(path, text.encode("utf-8", "surrogateescape"), REPORT_MODE)
+
+
+def write_result(
+    path: Path | None, result: BuildResult, events: Mapping[str, int | str] | None = None
+) -> None:
+    """Write the report of what was made, where one is wanted; raise `BuildError`."""
+    if path is None:
+        return
+    content = report(
+        bootstrap=result.bootstrap,
+        blobs=result.blobs,
+        external_bootstrap=result.external_bootstrap,
+        external_blobs=result.external_blobs,
+        compressor=result.compressor,
+        seconds=result.seconds,
+        events=events or {},
+    )
+    write_report(path, content)

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.backends import blob_directory, daemon_backend
@@ -16,6 +15,7 @@ from builder.bootstrap import blob_ids, open_any_bootstrap
 from builder.cli.common import (
     add_bootstrap_arguments,
     add_config,
+    add_output_json,
     bootstrap_path,
     takes_inlined,
     write_utf8,
@@ -38,14 +38,11 @@ def add_words(parser: CommandParser) -> None:
     """Add the words of the sub-command, and what carries it out."""
     parser.set_defaults(run=run, parser=parser)
     add_bootstrap_arguments(parser)
-    add_config(parser)
+    add_config(parser, "; BOOTSTRAP may then be a blob with inlined metadata")
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="Output message in verbose mode"
     )
-    parser.add_argument(
-        "-J", "--output-json", metavar="<output-json>", type=Path,
-        help="File path to save operation result in JSON format",
-    )  # fmt: skip
+    add_output_json(parser)
     parser.add_argument(
         "--data", action="store_true",
         help="Read the blobs in <blob-dir>, or where <config> has them, and verify every chunk",

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.chunkdb import database_path
-from builder.cli.common import logging_words, read_patterns
+from builder.cli.common import (
+    add_config,
+    add_output_json,
+    logging_words,
+    read_patterns,
+    require_output,
+)
 from builder.dictgenerate import DictionaryOptions, generate_dictionary
 from builder.prefetch import PrefetchPolicy
-from builder.report import report, write_report
+from builder.report import write_result
 
 if TYPE_CHECKING:
     from erofs.console import CommandParser
@@ -54,14 +60,8 @@ def _add_generate(parser: CommandParser) -> None:
         help="Set data prefetch policy, which a dictionary has no use for [default: none]"
         " [possible values: fs, blob, none]",
     )  # fmt: skip
-    parser.add_argument(
-        "-J", "--output-json", metavar="<output-json>", type=Path,
-        help="File path to save operation result in JSON format",
-    )  # fmt: skip
-    parser.add_argument(
-        "-C", "--config", metavar="<config>", type=Path,
-        help="Configuration file for storage backend, cache and RAFS FUSE filesystem",
-    )  # fmt: skip
+    add_output_json(parser)
+    add_config(parser)
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="Output message in verbose mode"
     )
@@ -74,10 +74,7 @@ def _print_usage(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate, and say where the dictionary is."""
-    if arguments.bootstrap is None and arguments.blob_dir is None:
-        arguments.parser.error(
-            "the following required arguments were not provided:\n  --bootstrap <bootstrap>"
-        )
+    require_output(arguments)
     if arguments.prefetch_policy != PrefetchPolicy.NONE:
         # Who pipes a list wants somebody to read it.
         read_patterns()
@@ -86,14 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.sources,
         DictionaryOptions(database, arguments.bootstrap, arguments.blob_dir),
     )
-    if arguments.output_json is not None:
-        content = report(
-            bootstrap=result.bootstrap,
-            blobs=result.blobs,
-            compressor=result.compressor,
-            seconds=result.seconds,
-            events={},
-        )
-        write_report(arguments.output_json, content)
+    write_result(arguments.output_json, result)
     logger.info('Chunkdict metadata is saved at: "%s"', result.bootstrap)
     return 0

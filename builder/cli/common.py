@@ -12,11 +12,15 @@ from erofs.console import LOG_LEVELS, CommandParser
 
 __all__ = [
     "add_bootstrap_arguments",
+    "add_chunk_dict",
     "add_config",
+    "add_output_json",
     "bootstrap_path",
+    "chosen_dictionary",
     "logging_words",
     "number",
     "read_patterns",
+    "require_output",
     "takes_inlined",
     "write_utf8",
 ]
@@ -68,19 +72,53 @@ def add_bootstrap_arguments(parser: CommandParser) -> None:
     )  # fmt: skip
 
 
-def add_config(parser: CommandParser) -> None:
-    """Add nydusd's configuration."""
+def add_config(parser: CommandParser, more: str = "") -> None:
+    """Add nydusd's configuration; `more` is told of it."""
     parser.add_argument(
         "-C", "--config", metavar="<config>", type=Path,
-        help="Configuration file for storage backend, cache and RAFS FUSE filesystem;"
-        " BOOTSTRAP may then be a blob with inlined metadata",
+        help=f"Configuration file for storage backend, cache and RAFS FUSE filesystem{more}",
     )  # fmt: skip
+
+
+def add_chunk_dict(parser: CommandParser) -> None:
+    """Add the option that names a chunk dictionary, for `chosen_dictionary`."""
+    parser.add_argument(
+        "--chunk-dict", metavar="<chunk-dict>",
+        help="File path of chunk dictionary for data deduplication",
+    )  # fmt: skip
+
+
+def add_output_json(parser: CommandParser) -> None:
+    """Add the option that says where the report goes."""
+    parser.add_argument(
+        "-J", "--output-json", metavar="<output-json>", type=Path,
+        help="File path to save operation result in JSON format",
+    )  # fmt: skip
+
+
+def require_output(arguments: argparse.Namespace) -> None:
+    """End with status 2 unless it was said where a bootstrap goes."""
+    if arguments.bootstrap is None and arguments.blob_dir is None:
+        arguments.parser.error(
+            "the following required arguments were not provided:\n  --bootstrap <bootstrap>"
+        )
+
+
+# Imported in functions: what few commands need, since every command imports this module.
+
+
+def chosen_dictionary(arguments: argparse.Namespace) -> Path | None:
+    """Return the bootstrap of the chunk dictionary, if there is one; raise `BuildError`."""
+    if not arguments.chunk_dict:
+        return None
+    from builder.chunkdict import dictionary_path
+
+    return dictionary_path(arguments.chunk_dict)
 
 
 def takes_inlined(arguments: argparse.Namespace) -> bool:
     """Tell whether a bootstrap may be inside of a blob; raise `ConfigError`."""
     if arguments.config is not None:
-        # Imported here, as what few commands need: every command imports this module.
         from builder.backends import daemon_backend
 
         daemon_backend(arguments.config)

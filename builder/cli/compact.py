@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.backends import BlobPlaces, blob_directory
-from builder.chunkdict import dictionary_path
 from builder.cli.backendwords import add_backend_type, described_backend
-from builder.cli.common import number
+from builder.cli.common import add_chunk_dict, add_output_json, chosen_dictionary, number
 from builder.compact import CompactOptions, compact
 from builder.progress import Progress
-from builder.report import report, write_report
+from builder.report import write_result
 
 if TYPE_CHECKING:
     from erofs.console import CommandParser
@@ -47,18 +46,12 @@ def add_words(parser: CommandParser) -> None:
         "-D", "--blob-dir", metavar="<blob-dir>", type=Path, required=True,
         help="Local blobs dir for blobs not in backend, also for output blobs",
     )  # fmt: skip
-    parser.add_argument(
-        "--chunk-dict", metavar="<chunk-dict>",
-        help="File path of chunk dictionary for data deduplication",
-    )  # fmt: skip
+    add_chunk_dict(parser)
     parser.add_argument(
         "-O", "--output-bootstrap", metavar="<output-bootstrap>", type=Path,
         help="bootstrap to output, default is source bootstrap add suffix .compact",
     )  # fmt: skip
-    parser.add_argument(
-        "-J", "--output-json", metavar="<output-json>", type=Path,
-        help="File path to save operation result in JSON format",
-    )  # fmt: skip
+    add_output_json(parser)
 
 
 def _percentage(text: str) -> int:
@@ -85,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
                 compact_blob_size=arguments.compact_blob_size,
                 max_compact_size=arguments.max_compact_size,
                 layers_to_compact=arguments.layers_to_compact,
-                chunk_dict=dictionary_path(arguments.chunk_dict) if arguments.chunk_dict else None,
+                chunk_dict=chosen_dictionary(arguments),
                 progress=progress.callback(),
             ),
         )
@@ -94,13 +87,5 @@ def run(arguments: argparse.Namespace) -> int:
         local.close()
         if remote is not None:
             remote.close()
-    if arguments.output_json is not None:
-        content = report(
-            bootstrap=result.bootstrap,
-            blobs=result.blobs,
-            compressor=result.compressor,
-            seconds=result.seconds,
-            events={},
-        )
-        write_report(arguments.output_json, content)
+    write_result(arguments.output_json, result)
     return 0

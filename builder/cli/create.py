@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from builder.build import BuildOptions, BuildResult, SourceType, build
-from builder.cli.common import read_patterns
+from builder.cli.common import chosen_dictionary, read_patterns, require_output
 from builder.cli.createwords import COMPRESSORS, DIGESTERS, SOURCE_TYPES, add_options
 from builder.errors import BuildError
 from builder.options import TOC_CHUNK_SIZE
@@ -43,10 +43,8 @@ def _check_words(arguments: argparse.Namespace) -> None:
         ):
             if value is not None:
                 parser.error(f"the argument '--blob-inline-meta' cannot be used with '{name}'")
-    elif arguments.bootstrap is None and arguments.blob_dir is None:
-        parser.error(
-            "the following required arguments were not provided:\n  --bootstrap <bootstrap>"
-        )
+    else:
+        require_output(arguments)
     if arguments.blob_cache_dir is not None:
         _check_cache(arguments)
     elif arguments.blob is None and arguments.blob_dir is None and not _is_toc(arguments):
@@ -107,14 +105,6 @@ def _chunk_size(arguments: argparse.Namespace) -> int:
 # Imported in functions: what is seldom needed and takes its time.
 
 
-def _dictionary(arguments: argparse.Namespace) -> Path | None:
-    if not arguments.chunk_dict:
-        return None
-    from builder.chunkdict import dictionary_path
-
-    return dictionary_path(arguments.chunk_dict)
-
-
 def _attributes(arguments: argparse.Namespace) -> Attributes | None:
     if arguments.attributes is None:
         return None
@@ -142,7 +132,7 @@ def _options(arguments: argparse.Namespace, progress: Progress) -> BuildOptions:
         compressor=COMPRESSORS[arguments.compressor or "zstd"],
         digester=DIGESTERS[arguments.digester],
         encryption=BlobCipher.generate() if arguments.encrypt else None,
-        chunk_dict=_dictionary(arguments),
+        chunk_dict=chosen_dictionary(arguments),
         parent_bootstrap=(Path(arguments.parent_bootstrap) if arguments.parent_bootstrap else None),
         attributes=_attributes(arguments),
         external_blob=arguments.external_blob,
@@ -158,7 +148,7 @@ def _options(arguments: argparse.Namespace, progress: Progress) -> BuildOptions:
 
 
 def _write_report(path: Path, result: BuildResult, options: BuildOptions) -> None:
-    from builder.report import owner_events, report, write_report
+    from builder.report import owner_events, write_result
 
     counters = {
         "blob_uncompressed_size": result.blob_content_bytes,
@@ -169,16 +159,7 @@ def _write_report(path: Path, result: BuildResult, options: BuildOptions) -> Non
         counters["load_from_directory"] = result.scanned
     # The real report holds only what was counted at all.
     counted = {name: count for name, count in counters.items() if count}
-    content = report(
-        bootstrap=result.bootstrap,
-        blobs=result.blobs,
-        external_bootstrap=result.external_bootstrap,
-        external_blobs=result.external_blobs,
-        compressor=result.compressor,
-        seconds=result.seconds,
-        events={**counted, **owner_events()},
-    )
-    write_report(path, content)
+    write_result(path, result, {**counted, **owner_events()})
 
 
 def run(arguments: argparse.Namespace) -> int:

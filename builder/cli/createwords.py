@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builder.cli.common import number
+from builder.cli.common import add_chunk_dict, add_config, add_output_json, number
 from builder.options import SourceType
 from builder.prefetch import PrefetchPolicy
 from builder.source.options import WhiteoutSpec
@@ -81,10 +81,7 @@ def _add_outputs(parser: CommandParser) -> None:
         "--blob-cache-dir", metavar="<blob-cache-dir>", type=Path,
         help="Directory path to generate blob cache files ($id.blob.meta and $id.blob.data)",
     )  # fmt: skip
-    parser.add_argument(
-        "-J", "--output-json", metavar="<output-json>", type=Path,
-        help="File path to save operation result in JSON format",
-    )  # fmt: skip
+    add_output_json(parser)
 
 
 def _add_names(parser: CommandParser) -> None:
@@ -147,14 +144,8 @@ def _add_format(parser: CommandParser) -> None:
 
 
 def _add_others(parser: CommandParser) -> None:
-    parser.add_argument(
-        "-C", "--config", metavar="<config>", type=Path,
-        help="Configuration file for storage backend, cache and RAFS FUSE filesystem",
-    )  # fmt: skip
-    parser.add_argument(
-        "--chunk-dict", metavar="<chunk-dict>",
-        help="File path of chunk dictionary for data deduplication",
-    )  # fmt: skip
+    add_config(parser)
+    add_chunk_dict(parser)
     parser.add_argument(
         "--parent-bootstrap", metavar="<parent-bootstrap>",
         help="File path of the parent/referenced RAFS metadata blob (optional)",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.backends import blob_directory
-from builder.cli.common import number
+from builder.cli.common import add_output_json, number
 from builder.errors import BuildError
 from builder.export import ExportOptions, ExportResult, VerityOptions, export_block
 from builder.output import write_file
@@ -77,10 +77,7 @@ def add_words(parser: CommandParser) -> None:
         help="OCI layout with the image, to write root hash and signature into as its referrer;"
         " needs --verity; without a name the only image",
     )  # fmt: skip
-    parser.add_argument(
-        "-J", "--output-json", metavar="<output-json>", type=Path,
-        help="File path to save operation result in JSON format",
-    )  # fmt: skip
+    add_output_json(parser)
 
 
 def _threads(text: str) -> int:

@@ -33,7 +33,7 @@ def add_words(parser: CommandParser) -> None:
     """Add the words of the sub-command, and what carries it out."""
     parser.set_defaults(run=run, parser=parser)
     add_bootstrap_arguments(parser)
-    add_config(parser)
+    add_config(parser, "; BOOTSTRAP may then be a blob with inlined metadata")
     parser.add_argument(
         "-R", "--request", metavar="<request>",
         help="Inspect RAFS filesystem metadata in request mode",

@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.backends import daemon_backend
-from builder.chunkdict import dictionary_path
-from builder.cli.common import read_patterns
+from builder.cli.common import (
+    add_chunk_dict,
+    add_config,
+    add_output_json,
+    chosen_dictionary,
+    read_patterns,
+    require_output,
+)
 from builder.cli.create import log_success
 from builder.merge import MergeOptions, merge
 from builder.prefetch import PrefetchPolicy
 from builder.progress import Progress
-from builder.report import report, write_report
+from builder.report import write_result
 
 if TYPE_CHECKING:
     from erofs.console import CommandParser
@@ -52,24 +58,16 @@ def add_words(parser: CommandParser) -> None:
         "-D", "--blob-dir", metavar="<blob-dir>", type=Path,
         help="Directory path to save generated RAFS metadata and data blobs",
     )  # fmt: skip
-    parser.add_argument(
-        "--chunk-dict", metavar="<chunk-dict>",
-        help="File path of chunk dictionary for data deduplication",
-    )  # fmt: skip
-    parser.add_argument(
-        "-C", "--config", metavar="<config>", type=Path,
-        help="Configuration file for storage backend, cache and RAFS FUSE filesystem;"
-        " a SOURCE may then be a blob with inlined metadata, and blobs keep their ids",
-    )  # fmt: skip
+    add_chunk_dict(parser)
+    add_config(
+        parser, "; a SOURCE may then be a blob with inlined metadata, and blobs keep their ids"
+    )
     parser.add_argument(
         "--prefetch-policy", metavar="<prefetch-policy>", default="none",
         choices=[policy.value for policy in PrefetchPolicy],
         help="Set data prefetch policy [default: none] [possible values: fs, blob, none]",
     )  # fmt: skip
-    parser.add_argument(
-        "-J", "--output-json", metavar="<output-json>", type=Path,
-        help="File path to save operation result in JSON format",
-    )  # fmt: skip
+    add_output_json(parser)
     _add_lists(parser)
 
 
@@ -99,10 +97,7 @@ def _add_lists(parser: CommandParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Merge, and say what was made."""
-    if arguments.bootstrap is None and arguments.blob_dir is None:
-        arguments.parser.error(
-            "the following required arguments were not provided:\n  --bootstrap <bootstrap>"
-        )
+    require_output(arguments)
     if arguments.config is not None:
         daemon_backend(arguments.config)
     policy = PrefetchPolicy(arguments.prefetch_policy)
@@ -111,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         bootstrap=arguments.bootstrap,
         blob_dir=arguments.blob_dir,
         parent_bootstrap=arguments.parent_bootstrap,
-        chunk_dict=dictionary_path(arguments.chunk_dict) if arguments.chunk_dict else None,
+        chunk_dict=chosen_dictionary(arguments),
         keep_ids=arguments.config is not None,
         inlined=arguments.config is not None or arguments.blob_dir is not None,
         prefetch_policy=policy,
@@ -124,17 +119,9 @@ def run(arguments: argparse.Namespace) -> int:
         progress=progress.callback(),
     )
     try:
-        result, compressor = merge(arguments.sources, options)
+        result = merge(arguments.sources, options)
     finally:
         progress.end()
-    if arguments.output_json is not None:
-        content = report(
-            bootstrap=result.bootstrap,
-            blobs=result.blobs,
-            compressor=compressor,
-            seconds=result.seconds,
-            events={},
-        )
-        write_report(arguments.output_json, content)
+    write_result(arguments.output_json, result)
     log_success(result)
     return 0

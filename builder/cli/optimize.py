@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from builder.cli.backendwords import add_backend_type, add_blob, chosen_backend
+from builder.cli.common import add_config, add_output_json
 from builder.errors import BuildError
 from builder.optimize import OptimizeOptions, optimize, parse_files
 from builder.progress import Progress
-from builder.report import report, write_report
+from builder.report import write_result
 
 if TYPE_CHECKING:
     from erofs.console import CommandParser
@@ -29,10 +30,7 @@ def add_words(parser: CommandParser) -> None:
         "-p", "--prefetch-files", metavar="<prefetch-files>", type=Path,
         help="Path to a JSON file listing files to be prefetched, and ranges of them",
     )  # fmt: skip
-    parser.add_argument(
-        "-C", "--config", metavar="<config>", type=Path,
-        help="Configuration file for storage backend, cache and RAFS FUSE filesystem",
-    )  # fmt: skip
+    add_config(parser)
     add_backend_type(parser)
     parser.add_argument(
         "-D", "--blob-dir", metavar="<blob-dir>", type=Path,
@@ -48,10 +46,7 @@ def add_words(parser: CommandParser) -> None:
         "--output-blob-dir", metavar="<output-blob-dir>", type=Path,
         help="Directory path for storing optimized blob",
     )  # fmt: skip
-    parser.add_argument(
-        "-J", "--output-json", metavar="<output-json>", type=Path,
-        help="File path to save operation result in JSON format",
-    )  # fmt: skip
+    add_output_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -74,15 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         progress.end()
         backend.close()
-    if arguments.output_json is not None:
-        content = report(
-            bootstrap=result.bootstrap,
-            blobs=result.blobs,
-            compressor=result.compressor,
-            seconds=result.seconds,
-            events={},
-        )
-        write_report(arguments.output_json, content)
+    write_result(arguments.output_json, result)
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from builder.backends import daemon_backend
 from builder.bootstrap import open_any_bootstrap
+from builder.cli.common import add_config, add_output_json
 from builder.cli.createwords import DIGESTERS
 from builder.errors import BuildError
 from builder.listing import log_features
@@ -38,20 +39,13 @@ def add_words(parser: CommandParser) -> None:
         help="Generate statistics information for the RAFS filesystem after applying chunk"
         " deduplication",
     )  # fmt: skip
-    parser.add_argument(
-        "-C", "--config", metavar="<config>", type=Path,
-        help="Configuration file for storage backend, cache and RAFS FUSE filesystem;"
-        " images may then be blobs with inlined metadata",
-    )  # fmt: skip
+    add_config(parser, "; images may then be blobs with inlined metadata")
     parser.add_argument(
         "--digester", metavar="<digester>", choices=DIGESTERS, default="blake3",
         help="Algorithm to digest data chunks: [default: blake3]"
         f" [possible values: {', '.join(DIGESTERS)}]",
     )  # fmt: skip
-    parser.add_argument(
-        "-J", "--output-json", metavar="<output-json>", type=Path,
-        help="File path to save operation result in JSON format",
-    )  # fmt: skip
+    add_output_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

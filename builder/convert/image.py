@@ -203,7 +203,7 @@ class ImageConverter:
                 blob_sizes=[one.descriptor.size for one in layers],
                 blob_toc_digests=[one.tail.toc_digest for one in layers],
             )
-        result, _ = merge(paths, merging)
+        result = merge(paths, merging)
         for path in paths:
             path.unlink()
         return result.blobs

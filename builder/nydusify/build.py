@@ -23,7 +23,7 @@ from builder.oci.objects import ObjectBlobs, object_backend
 from builder.oci.records import Descriptor
 from builder.options import BuildResult
 from builder.progress import progress_during
-from builder.report import owner_events, report, write_report
+from builder.report import owner_events, write_result
 from fscache.backend import ObjectStoreConfig
 from fscache.backend.retry import RetryPolicy
 
@@ -107,19 +107,8 @@ def _build(
             progress=progress,
         ),
     )
-    _report(output / "output.json", result, owner_events())
+    write_result(output / "output.json", result, owner_events())
     return result
-
-
-def _report(path: Path, result: BuildResult, events: dict[str, int | str]) -> None:
-    content = report(
-        bootstrap=result.bootstrap,
-        blobs=result.blobs,
-        compressor=result.compressor,
-        seconds=result.seconds,
-        events=events,
-    )
-    write_report(path, content)
 
 
 class _Bucket(NamedTuple):
@@ -168,7 +157,7 @@ def _compacted(
     )
     if result.bootstrap is None:
         raise BuildError("compacting gave no metadata", path=parent)
-    _report(output / "compact-result.json", result, {})
+    write_result(output / "compact-result.json", result)
     logger.info("successfully compacted bootstrap %s, use new parent %s", parent, result.bootstrap)
     return result.bootstrap
 

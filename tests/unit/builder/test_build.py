@@ -293,7 +293,7 @@ def layers(tmp_path, *tars, **changes):
 
 def test_merge(tmp_path):
     paths = layers(tmp_path, make_tar(a=b"1", b=b"2"), make_tar(**{".wh.a": b"", "c": b"3"}))
-    result, compressor = merge(
+    result = merge(
         paths,
         MergeOptions(
             bootstrap=tmp_path / "merged",
@@ -302,7 +302,7 @@ def test_merge(tmp_path):
         ),
     )
     assert result.blobs == ["l0", "l1"]
-    assert compressor is Compressor.ZSTD
+    assert result.compressor is Compressor.ZSTD
     with open_bootstrap(tmp_path / "merged") as image:
         names = {path for path, _ in image.walk()}
         assert names == {b"/", b"/b", b"/c"}

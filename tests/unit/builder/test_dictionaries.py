@@ -216,7 +216,7 @@ def test_merge_of_layers_on_a_dictionary(tmp_path):
     with pytest.raises(BuildError, match="one blob besides"):
         merge(layers, MergeOptions(bootstrap=tmp_path / "merged"))
     options = MergeOptions(bootstrap=tmp_path / "merged", chunk_dict=tmp_path / "dict")
-    result, _ = merge(layers, options)
+    result = merge(layers, options)
     assert sorted(result.blobs)[-2:] == ["one", "two"]
     with open_bootstrap(tmp_path / "merged") as image:
         assert list(check_image(image)) == []
@@ -235,7 +235,7 @@ def test_merge_keeps_ids_when_blobs_are_at_hand(tmp_path):
         ),
     )
     options = MergeOptions(bootstrap=tmp_path / "merged", keep_ids=True, inlined=True)
-    result, _ = merge([tmp_path / "one", two.blob_path], options)
+    result = merge([tmp_path / "one", two.blob_path], options)
     assert result.blobs == [one.blobs[0], two.blob_path.name]
 
 

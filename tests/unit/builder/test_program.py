@@ -9,7 +9,7 @@ import sys
 import pytest
 
 CODE = "import sys; from builder.cli import main; sys.exit(main())"
-NO_SUCH = ["check", "--bootstrap", "/nonexistent"]
+NO_SUCH = ["check", "--bootstrap", "none"]
 
 
 def _run(words, **options):
@@ -21,13 +21,13 @@ def _run(words, **options):
     [
         ([], 0, b"Usage: nydus-image", b""),
         (["create", "-V"], 2, b"", b"SOURCE"),
-        (NO_SUCH, 1, b"", b"Error: /nonexistent: No such file"),
+        (NO_SUCH, 1, b"", b"Error: none: No such file"),
     ],
 )
 def test_what_is_said_arrives_with_the_status(words, status, out, err, tmp_path):
     # Into files, which are buffered, unlike terminals.
     with (tmp_path / "out").open("wb") as stdout, (tmp_path / "err").open("wb") as stderr:
-        done = _run(words, stdout=stdout, stderr=stderr)
+        done = _run(words, cwd=tmp_path, stdout=stdout, stderr=stderr)
     assert done.returncode == status
     said, wrong = (tmp_path / "out").read_bytes(), (tmp_path / "err").read_bytes()
     assert out in said

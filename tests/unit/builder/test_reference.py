@@ -191,7 +191,7 @@ def test_merged_layers(tmp_path):
         sources.append(result.bootstrap)
         digests.append(bytes.fromhex(result.blob_path.name))
     options = MergeOptions(bootstrap=tmp_path / "boot", original_blob_ids=ids, blob_digests=digests)
-    result, _ = merge(sources, options)
+    result = merge(sources, options)
     assert result.blobs == ids
     assert unpacked(tmp_path, tmp_path / "boot") == {
         **{f"of {number}": content(200_000, number) for number in range(3)},

@@ -225,7 +225,7 @@ def two_layers(folder):
 
 def test_merged_layers_keep_the_names_of_their_tars(tmp_path):
     sources = two_layers(tmp_path)
-    result, _ = merge(sources, MergeOptions(bootstrap=tmp_path / "merged"))
+    result = merge(sources, MergeOptions(bootstrap=tmp_path / "merged"))
     names = []
     for source in sources:
         with open_bootstrap(source) as image:
@@ -244,7 +244,7 @@ def test_merged_layers_keep_the_names_of_their_tars(tmp_path):
 def test_listed_ids_go_before_those_of_the_bootstraps(tmp_path):
     sources = two_layers(tmp_path)
     options = MergeOptions(bootstrap=tmp_path / "merged", original_blob_ids=["1" * 64, "2" * 64])
-    assert sorted(merge(sources, options)[0].blobs) == ["1" * 64, "2" * 64]
+    assert sorted(merge(sources, options).blobs) == ["1" * 64, "2" * 64]
 
 
 def test_tarfs_has_no_parent_and_no_other_neighbours(tmp_path):

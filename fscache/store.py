@@ -31,7 +31,7 @@ from erofs.values import Value
 
 __all__ = ["Orphan", "ServeDirectory", "StoreError", "take_stale"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _PREFIX = "serve-"
 # No blob has an id with a dot in front; known to `holder.process`, too.
@@ -104,7 +104,7 @@ class ServeDirectory:
                 continue
             except OSError as error:
                 raise _store_error("cannot make a serve directory", error, path) from error
-            # None: a `remove_stale` of another daemon was between our two steps.
+            # None: a `take_stale` of another daemon was between our two steps.
             if fd is not None:
                 return cls(path, fd)
         raise StoreError("found no free name for a serve directory", path=work_dir)
@@ -151,7 +151,7 @@ class ServeDirectory:
             raise _store_error("cannot restore the data file", error, data_file) from error
 
     def note_mount(self, name: str, mountpoint: Path) -> None:
-        """Write down a file system that is about to be mounted from here."""
+        """Write down a file system that is about to be mounted from here; raise `StoreError`."""
         line = {"boot": _boot_id(), "erofs": name, "mountpoint": str(mountpoint)}
         try:
             (self.directory / _MOUNTS).mkdir(mode=0o700, exist_ok=True)
@@ -243,7 +243,7 @@ def take_stale(work_dir: Path) -> list[Orphan]:
                 orphans.append(Orphan(store, mounts))
             else:
                 store.remove()
-                _log.info("removed %s of a daemon that is gone", path)
+                logger.info("removed %s of a daemon that is gone", path)
         except (OSError, StoreError) as error:
-            _log.warning("stale serve directory stays: %s", error)
+            logger.warning("stale serve directory stays: %s", error)
     return orphans

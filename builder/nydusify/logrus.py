@@ -12,7 +12,6 @@ from erofs.console import ConsoleHandler
 
 __all__ = ["LEVELS", "LogrusFormatter", "set_up_logging"]
 
-FATAL = logging.CRITICAL
 LEVELS = {
     "panic": logging.CRITICAL,
     "fatal": logging.CRITICAL,

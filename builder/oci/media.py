@@ -47,7 +47,6 @@ LAYER_TYPES = (
     DOCKER_LAYER_GZIP,
     DOCKER_LAYER_ZSTD,
 )
-_GZIP_LAYERS = (OCI_LAYER_GZIP, DOCKER_LAYER_GZIP)
 _OCI_TYPES = {
     DOCKER_INDEX: OCI_INDEX,
     DOCKER_MANIFEST: OCI_MANIFEST,
@@ -94,11 +93,6 @@ def is_manifest(media_type: str) -> bool:
 def is_config(media_type: str) -> bool:
     """Tell whether this is the type of an image's configuration."""
     return media_type in CONFIG_TYPES
-
-
-def is_gzip_layer(media_type: str) -> bool:
-    """Tell whether a layer calls itself compressed by gzip."""
-    return media_type in _GZIP_LAYERS
 
 
 def oci_type(media_type: str) -> str:

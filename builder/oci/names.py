@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform as machine
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from builder.oci.errors import ImageError
 from builder.oci.records import Platform, check_digest
@@ -68,10 +68,6 @@ class Reference:
     def with_tag(self, tag: str) -> Reference:
         """Return another image of the same repository; raise `ImageError`."""
         return parse_reference(f"{self.repository_text}:{tag}")
-
-    def with_digest(self, digest: str) -> Reference:
-        """Return the same repository's image of a digest."""
-        return replace(self, tag="", digest=digest)
 
 
 def parse_reference(text: str) -> Reference:

@@ -15,7 +15,7 @@ from erofs.errors import NydusError
 
 __all__ = ["ChannelError", "Handler", "ReadRequest", "Reply", "Responder"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class ChannelError(NydusError):
@@ -73,13 +73,13 @@ class Reply:
         """
         answered = self._answer(False)
         if answered:
-            _log.debug("denied %s: %s", self.request, error)
+            logger.debug("denied %s: %s", self.request, error)
         return answered
 
     def close(self) -> None:
         """Deny if there was no answer yet."""
         if self._owned and self.deny("dropped without an answer"):
-            _log.error("a reply was dropped without an answer: %s", self.request)
+            logger.error("a reply was dropped without an answer: %s", self.request)
 
     def __enter__(self) -> Reply:
         return self

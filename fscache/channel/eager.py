@@ -16,7 +16,7 @@ from fscache.mounts.mount import ErofsMount, MountError, mount_erofs
 
 __all__ = ["mount_complete"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def mount_complete(
@@ -36,7 +36,7 @@ def mount_complete(
     except MountError as error:
         if error.errno != errno.ENOTBLK:
             raise
-        _log.info("using loop devices: %s", error)
+        logger.info("using loop devices: %s", error)
     with ExitStack() as stack:
         devices = [
             stack.enter_context(LoopDevice.attach(file)).path for file in (bootstrap, *data_files)

@@ -33,7 +33,7 @@ from fscache.protocol import Event, KernelMessageError
 
 __all__ = ["FanotifyChannel", "open_group"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _GROUP_FLAGS = (
     kernel.FAN_CLASS_PRE_CONTENT
@@ -213,11 +213,11 @@ class FanotifyChannel:
             # EMFILE and the like: the kernel has denied that event itself (spec 5.10). The
             # pause lets other threads answer and close before the next event is tried.
             if not isinstance(error, GroupFull):
-                _log.error("an event was denied by the kernel, could not be read: %s", error)
+                logger.error("an event was denied by the kernel, could not be read: %s", error)
             select.poll().poll(_FAILURE_PAUSE_MS)
             return
         except (KernelMessageError, ValueError) as error:
-            _log.critical("fanotify event lost: %s", error)
+            logger.critical("fanotify event lost: %s", error)
             return
         if event is not None:
             self._dispatch(event)
@@ -225,7 +225,7 @@ class FanotifyChannel:
     def _dispatch(self, event: Event) -> None:
         """Hand one event over; on every way out it has an owner or an answer."""
         if event.fd < 0:
-            _log.error("event without a descriptor: %s", event)
+            logger.error("event without a descriptor: %s", event)
             return
         reply = Reply(self._group, event.fd, ReadRequest(0, 0, event.offset, event.length))
         try:
@@ -237,11 +237,11 @@ class FanotifyChannel:
                 raise ChannelError("event without a range")
             self._handler(request, reply)
         except NydusError as error:
-            _log.warning("denied %s: %s", reply.request, error)
+            logger.warning("denied %s: %s", reply.request, error)
             reply.deny(error)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             # The owner of the reply is the one place that catches everything: a reader waits.
-            _log.exception("handler failed on %s", reply.request)
+            logger.exception("handler failed on %s", reply.request)
             reply.deny(error)
 
     def pause(self) -> None:

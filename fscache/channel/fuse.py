@@ -32,7 +32,7 @@ from fscache.transport import is_root
 
 __all__ = ["FuseMount", "clear_dead", "is_dead", "mount_fuse", "require_fuse"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _KIND = f"fuse.{MOUNT_SOURCE}"
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
@@ -93,7 +93,7 @@ def is_dead(mountpoint: Path) -> bool:
 def clear_dead(mountpoint: Path) -> None:
     """Unmount what killed daemons have left at a place; raise `MountError`."""
     while is_dead(mountpoint):
-        _log.warning("%s is still mounted by a daemon that is gone: unmounted", mountpoint)
+        logger.warning("%s is still mounted by a daemon that is gone: unmounted", mountpoint)
         _unmount(mountpoint.absolute(), lazily=True)
 
 
@@ -156,7 +156,7 @@ class FuseMount:
             run_session(operations, self._target, _options())
         except (NydusError, OSError) as error:
             if self._is_mounted:
-                _log.error("%s: %s", self.mountpoint, error)
+                logger.error("%s: %s", self.mountpoint, error)
             self._failure = error
         finally:
             self._files.close()

@@ -19,7 +19,7 @@ from fscache.imagefiles import ImageFiles
 
 __all__ = ["Operations", "Take"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # For ever, as the original has it (2^32 seconds, spec tools 9).
 _CACHE_SECONDS = float(1 << 32)
@@ -61,7 +61,7 @@ def _replied(
             raise
         except Exception as error:
             # A reader waits in the kernel for this answer, whatever went wrong here.
-            _log.exception("a request of the kernel failed")
+            logger.exception("a request of the kernel failed")
             raise OSError(errno.EIO, repr(error)) from error
 
     return reply

@@ -21,7 +21,7 @@ from fscache.protocol import Event, KernelMessageError, pack_response, parse_eve
 
 __all__ = ["Group", "GroupFull", "Inherited"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class GroupFull(Exception):
@@ -147,9 +147,9 @@ class Group:
         try:
             os.write(self.fd, pack_response(key, allow))
         except FileNotFoundError:
-            _log.debug("the reader of event %d was killed before its answer", key)
+            logger.debug("the reader of event %d was killed before its answer", key)
         except OSError as error:
-            _log.critical("answer to event %d refused, its reader waits: %s", key, error)
+            logger.critical("answer to event %d refused, its reader waits: %s", key, error)
 
     # Inherited events
 
@@ -221,7 +221,7 @@ class Group:
                     if taken:
                         os.close(number)
                 if waiting or inherited:
-                    _log.error("%d reads denied: the channel closes", len(waiting + inherited))
+                    logger.error("%d reads denied: the channel closes", len(waiting + inherited))
                 self._waiting.clear()
                 self._inherited.clear()
                 self._readable.set()
@@ -232,7 +232,7 @@ class Group:
         try:
             os.write(self.fd, pack_response(fd, allow=False))
         except OSError as error:
-            _log.debug("no denial for event %d: %s", fd, error)
+            logger.debug("no denial for event %d: %s", fd, error)
 
     def leave(self) -> None:
         """Close descriptor and journal without an answer: a successor gives them."""

@@ -21,7 +21,7 @@ from fscache.channel.fuseops import Operations
 
 __all__ = ["SessionError", "caller", "run_session"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 # It tells of each request.
 logging.getLogger("fuse").setLevel(logging.INFO)
 
@@ -59,7 +59,7 @@ class _Messages:
         )
         text = buffer.value.decode("utf-8", "backslashreplace").strip()
         self.last.append(text)
-        _log.log(_SYSLOG_LEVELS[level] if level < len(_SYSLOG_LEVELS) else logging.DEBUG, text)
+        logger.log(_SYSLOG_LEVELS[level] if level < len(_SYSLOG_LEVELS) else logging.DEBUG, text)
 
 
 _messages = _Messages()

@@ -29,7 +29,7 @@ __all__ = [
     "set_read_ahead",
 ]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 DEFAULT_READ_AHEAD_KB = 1024
 
@@ -132,7 +132,7 @@ def _sysfs_name(root: int) -> str | None:
     try:
         fcntl.ioctl(root, _FS_IOC_GETFSSYSFSPATH, answer)
     except OSError as error:
-        _log.debug("no sysfs path from the kernel: %s", error)
+        logger.debug("no sysfs path from the kernel: %s", error)
         return None
     kind, _, name = bytes(answer[1 : 1 + answer[0]]).partition(b"/")
     text = name.decode("ascii", "backslashreplace")
@@ -148,7 +148,7 @@ def set_read_ahead(name: str | None, device: int, kilobytes: int) -> None:
     try:
         (bdi / "read_ahead_kb").write_text(str(kilobytes))
     except OSError as error:
-        _log.warning("read-ahead stays as it is: %s", error)
+        logger.warning("read-ahead stays as it is: %s", error)
 
 
 class ErofsMount:

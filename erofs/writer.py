@@ -1,15 +1,11 @@
-"""Write a RAFS v6 bootstrap: pass one places everything, pass two emits it.
+"""Write a RAFS v6 bootstrap: `erofs.placement` is pass one, pass two here emits every record.
 
-The placement reproduces the real builder's, byte for byte (spec rafs-v6 section 3).
-Positions of inodes are relative to the metadata base; the root is at one block.
+The bytes are those of the real builder (spec rafs-v6 section 3).
 """
 
 from __future__ import annotations
 
 import stat
-from array import array
-from bisect import insort
-from collections import deque
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 from operator import attrgetter
@@ -21,13 +17,13 @@ from erofs.layout import (
     DIRENT_SIZE,
     INODE_EXTENDED_SIZE,
     SLOT_SIZE,
-    XATTR_ENTRY_SIZE,
     XATTR_HEADER_SIZE,
     DeviceSlot,
     Superblock,
     XattrEntry,
     XattrHeader,
 )
+from erofs.placement import KIND_MASK, Placement, place
 from erofs.rafs import BlobEntry, BlobFeatures, ExtendedSuperblock, SuperFlags
 from erofs.tree import Chunk, Node, ValidDirectory, ValidTree, split_xattr_name, validate
 from erofs.values import Value
@@ -37,11 +33,8 @@ __all__ = ["BootstrapSpec", "emit_bootstrap", "write_bootstrap"]
 
 REGION_ALIGNMENT = 4096
 DEVICE_ALIGNMENT = 0x80000
-_KIND_MASK = stat.S_IFMT(0xFFFF)
 _TIME_MASK = (1 << 64) - 1
 _DOTS = frozenset((b".", b".."))
-# Relative to the metadata base: nid 0 would make the root's entries look deleted.
-FIRST_INODE = 4096
 
 
 class BootstrapSpec(Value):
@@ -75,199 +68,6 @@ class BootstrapSpec(Value):
     def block_size(self) -> int:
         """Bytes in a filesystem block."""
         return 1 << (layout.MIN_BLOCK_BITS if self.tarfs else layout.BLOCK_BITS)
-
-
-class _Allocator:
-    """The space allocation of spec 3.3: a cursor, and the free ends of passed blocks."""
-
-    def __init__(self, block_size: int) -> None:
-        self.cursor = FIRST_INODE
-        self._block_size = block_size
-        self._free: list[deque[int]] = [deque() for _ in range(block_size // SLOT_SIZE)]
-        # Bit k is set when `_free[k]` is not empty: spares looking through 127 lists.
-        self._filled = 0
-
-    def _remember(self, position: int) -> None:
-        rest = position % self._block_size
-        if rest:
-            slots = (self._block_size - rest) // SLOT_SIZE
-            self._free[slots].append(position - rest)
-            self._filled |= 1 << slots
-
-    def _reuse(self, size: int) -> int | None:
-        if size >= self._block_size:
-            return None
-        need = -(-size // SLOT_SIZE)
-        large = self._filled >> need
-        if not large:
-            return None
-        slots = need + (large & -large).bit_length() - 1
-        free = self._free[slots]
-        position = free.popleft() + self._block_size - SLOT_SIZE * slots
-        if not free:
-            self._filled &= ~(1 << slots)
-        self._remember(position + SLOT_SIZE * need)
-        return position
-
-    def align(self) -> None:
-        self.cursor = align_up(self.cursor, SLOT_SIZE)
-
-    def _next_block(self) -> None:
-        self._remember(self.cursor)
-        self.cursor = align_up(self.cursor, self._block_size)
-
-    def place_flat(self, inode_size: int, length: int) -> tuple[int, int, int]:
-        """Place a directory or symlink; return (inode, data, data layout)."""
-        tail = length % self._block_size
-        if tail and inode_size + tail <= self._block_size:
-            return self._place_inline(inode_size, length, tail)
-        inode = self._reuse(inode_size)
-        if inode is None:
-            inode = self.cursor
-            self.cursor += inode_size
-        self._next_block()
-        data = self.cursor
-        self.cursor = align_up(self.cursor + length, self._block_size)
-        return inode, data, layout.LAYOUT_FLAT_PLAIN
-
-    def _place_inline(self, inode_size: int, length: int, tail: int) -> tuple[int, int, int]:
-        inode = self._reuse(inode_size + tail)
-        if inode is None:
-            if self._block_size - self.cursor % self._block_size < inode_size + tail:
-                self._next_block()
-            inode = self.cursor
-            self.cursor += inode_size + tail
-        if length != tail:
-            self._next_block()
-        data = self.cursor
-        self.cursor += align_down(length, self._block_size)
-        return inode, data, layout.LAYOUT_FLAT_INLINE
-
-    def place_file(self, inode_size: int, chunks: int) -> int:
-        """Place a regular file's inode and chunk indexes."""
-        size = align_up(inode_size, CHUNK_INDEX_SIZE) + CHUNK_INDEX_SIZE * chunks
-        inode = self._reuse(size)
-        if inode is None:
-            inode = self.cursor
-            self.cursor += size
-        return inode
-
-    def place_special(self, inode_size: int) -> int:
-        """Place a device, FIFO or socket, which never fills a gap."""
-        inode = self.cursor
-        self.cursor += inode_size
-        return inode
-
-
-def _xattr_area_size(node: Node) -> int:
-    size = XATTR_HEADER_SIZE
-    for name, value in node.xattrs.items():
-        _, suffix = split_xattr_name(name)
-        size += align_up(XATTR_ENTRY_SIZE + len(suffix) + len(value), 4)
-    return size
-
-
-def _inode_size(node: Node) -> int:
-    return INODE_EXTENDED_SIZE + _xattr_area_size(node) if node.xattrs else INODE_EXTENDED_SIZE
-
-
-def _directory_size(names: list[bytes], block_size: int) -> int:
-    size = DIRENT_SIZE * len(names) + sum(map(len, names))
-    if size <= block_size:
-        return size
-    size = room = 0
-    for name in names:
-        length = len(name) + DIRENT_SIZE
-        if length > room:
-            size += room
-            room = block_size
-        size += length
-        room -= length
-    return size
-
-
-class _Plan:
-    """The outcome of pass one: columns, by the number that each inode has got.
-
-    Columns and not records, since those of a million inodes would take a hundred bytes each.
-    Positions are those of the inode and of the plain part of its data, relative to the base;
-    `indexes` are the numbers of the (first) names.
-    """
-
-    def __init__(self) -> None:
-        self.nodes: list[Node] = []
-        self.inodes = array("Q")
-        self.data = array("Q")
-        self.layouts = bytearray()
-        self.indexes = array("I")
-        self.links = array("I")
-        self.directories: list[ValidDirectory] = []
-        self.names = 1
-        self.end = 0
-
-    def knows(self, node: Node) -> bool:
-        """Tell whether a node has a number; one of another tree may still have that of there."""
-        number = node.number
-        return 0 <= number < len(self.nodes) and self.nodes[number] is node
-
-    def add(self, node: Node, place: tuple[int, int, int], index: int, links: int) -> None:
-        node.number = len(self.nodes)
-        self.nodes.append(node)
-        inode, data, data_layout = place
-        self.inodes.append(inode)
-        self.data.append(data)
-        self.layouts.append(data_layout)
-        self.indexes.append(index)
-        self.links.append(links)
-
-
-def _place_child(allocator: _Allocator, node: Node) -> tuple[int, int, int]:
-    kind = node.mode & _KIND_MASK
-    if kind == stat.S_IFREG:
-        inode = allocator.place_file(_inode_size(node), len(node.chunks))
-        return inode, 0, layout.LAYOUT_CHUNK_BASED
-    if kind == stat.S_IFLNK:
-        return allocator.place_flat(_inode_size(node), len(node.target))
-    return allocator.place_special(_inode_size(node)), 0, layout.LAYOUT_FLAT_PLAIN
-
-
-def _with_dots(names: list[bytes]) -> list[bytes]:
-    """Return the names of a directory in order, with those of itself and its parent."""
-    result = names.copy()
-    insort(result, b".")
-    insort(result, b"..")
-    return result
-
-
-def _plan(tree: ValidTree, block_size: int) -> _Plan:
-    """Pass one: number every name and place every inode (spec 3.1, 3.3)."""
-    plan = _Plan()
-    allocator = _Allocator(block_size)
-    # Of directories: their names come before they are visited themselves.
-    indexes = {id(tree.root): 1}
-    for directory, parent, plain_names in tree.directories:
-        names = _with_dots(plain_names)
-        size = _directory_size(names, block_size)
-        place = allocator.place_flat(_inode_size(directory), size)
-        allocator.align()
-        number = len(plan.nodes)
-        plan.add(directory, place, indexes.pop(id(directory)), 2)
-        plan.directories.append(ValidDirectory(directory, parent, names))
-        children = directory.entries
-        for name in plain_names:
-            child = children[name]
-            plan.names += 1
-            if child.children is not None:
-                indexes[id(child)] = plan.names
-                plan.links[number] += 1
-                continue
-            if plan.knows(child):
-                plan.links[child.number] += 1
-            else:
-                plan.add(child, _place_child(allocator, child), plan.names, 1)
-            allocator.align()
-    plan.end = allocator.cursor
-    return plan
 
 
 def _chunk_bits(node: Node, chunk_size: int, block_size: int) -> int:
@@ -305,9 +105,9 @@ class _Regions(NamedTuple):
 class _Emitter:
     """Pass two: write every record at the place that pass one found for it."""
 
-    def __init__(self, spec: BootstrapSpec, plan: _Plan, regions: _Regions) -> None:
+    def __init__(self, spec: BootstrapSpec, placed: Placement, regions: _Regions) -> None:
         self.spec = spec
-        self.plan = plan
+        self.placed = placed
         self.regions = regions
         self.block_size = spec.block_size
         self.image = bytearray(regions.end)
@@ -317,7 +117,7 @@ class _Emitter:
         self.image[offset : offset + len(data)] = data
 
     def nid(self, node: Node) -> int:
-        return self.plan.inodes[node.number] // SLOT_SIZE
+        return self.placed.inodes[node.number] // SLOT_SIZE
 
     def directory_content(self, directory: ValidDirectory) -> bytes:
         """Return the entry blocks of a directory (spec 1.6)."""
@@ -335,7 +135,7 @@ class _Emitter:
         return b"".join(blocks)
 
     def _directory_block(self, directory: ValidDirectory, names: list[bytes]) -> bytes:
-        children, inodes = directory.node.entries, self.plan.inodes
+        children, inodes = directory.node.entries, self.placed.inodes
         offset = DIRENT_SIZE * len(names)
         fields: list[int] = []
         for name in names:
@@ -346,7 +146,7 @@ class _Emitter:
             fields += (
                 inodes[node.number] // SLOT_SIZE,
                 offset,
-                layout.FILE_TYPES[node.mode & _KIND_MASK],
+                layout.FILE_TYPES[node.mode & KIND_MASK],
                 0,
             )
             offset += len(name)
@@ -354,10 +154,16 @@ class _Emitter:
 
     def emit_nodes(self) -> None:
         """Write all inodes with what follows them; directories have theirs in order."""
-        plan = self.plan
-        directories = iter(plan.directories)
+        placed = self.placed
+        directories = iter(placed.directories)
         columns = zip(
-            plan.nodes, plan.inodes, plan.data, plan.layouts, plan.indexes, plan.links, strict=True
+            placed.nodes,
+            placed.inodes,
+            placed.data,
+            placed.layouts,
+            placed.indexes,
+            placed.links,
+            strict=True,
         )
         for node, inode, data, data_layout, index, links in columns:
             content = node.target
@@ -372,7 +178,7 @@ class _Emitter:
         """Write an inode with its xattrs, chunk indexes or content."""
         position = self.regions.base + inode
         body = position + INODE_EXTENDED_SIZE
-        kind = node.mode & _KIND_MASK
+        kind = node.mode & KIND_MASK
         icount = 0
         if node.xattrs:
             xattrs = _pack_xattrs(node)
@@ -432,7 +238,7 @@ class _Emitter:
         superblock = Superblock(
             blkszbits=self.block_size.bit_length() - 1,
             root_nid=self.nid(spec.root),
-            inos=self.plan.names,
+            inos=self.placed.names,
             blocks=sum(blob.uncompressed_size // self.block_size for blob in spec.blobs),
             meta_blkaddr=regions.base // self.block_size,
             extra_devices=len(spec.blobs),
@@ -493,7 +299,7 @@ def _distinct_chunks(nodes: list[Node], blobs: list[BlobEntry]) -> list[Chunk]:
     return distinct
 
 
-def _regions(spec: BootstrapSpec, plan: _Plan, chunk_infos: int) -> _Regions:
+def _regions(spec: BootstrapSpec, placed: Placement, chunk_infos: int) -> _Regions:
     blob_table = align_up(
         layout.DEVICE_TABLE_OFFSET + layout.DEVICE_SLOT_SIZE * len(spec.blobs), REGION_ALIGNMENT
     )
@@ -502,7 +308,7 @@ def _regions(spec: BootstrapSpec, plan: _Plan, chunk_infos: int) -> _Regions:
     if spec.blobs:
         end = prefetch_table + rafs.PREFETCH_ENTRY_SIZE * len(spec.prefetch)
         base = align_up(end, REGION_ALIGNMENT)
-    chunk_table = align_up(base + plan.end, REGION_ALIGNMENT)
+    chunk_table = align_up(base + placed.end, REGION_ALIGNMENT)
     end = align_up(chunk_table + rafs.CHUNK_INFO_SIZE * chunk_infos, REGION_ALIGNMENT)
     return _Regions(blob_table, prefetch_table, base, chunk_table, end)
 
@@ -512,9 +318,9 @@ def emit_bootstrap(spec: BootstrapSpec) -> memoryview:
     tree = validate(
         spec.root, spec.blobs, spec.chunk_size, spec.block_size, dictionary=spec.dictionary
     )
-    plan = _plan(tree, spec.block_size)
-    chunks = _distinct_chunks(plan.nodes, spec.blobs)
-    emitter = _Emitter(spec, plan, _regions(spec, plan, len(chunks)))
+    placed = place(tree, spec.block_size)
+    chunks = _distinct_chunks(placed.nodes, spec.blobs)
+    emitter = _Emitter(spec, placed, _regions(spec, placed, len(chunks)))
     emitter.emit_superblocks(tree, rafs.CHUNK_INFO_SIZE * len(chunks))
     emitter.emit_tables(chunks)
     emitter.emit_nodes()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from builder.oci.errors import ImageError
-from builder.oci.place import PieceReader, Target
+from builder.oci.place import PieceReader, Target, uploading
 from builder.oci.records import Descriptor
 from erofs.errors import CodecError
 
@@ -89,8 +89,7 @@ def write_bootstrap_layer(
 
     plain, packer = hashlib.sha256(), zlib_ng.compressobj(_LEVEL, wbits=-15)
     checksum, length = 0, 0
-    upload = target.begin()
-    try:
+    with uploading(target) as upload:
         upload.write(_GZIP_HEADER)
         for piece in _tar(files):
             plain.update(piece)
@@ -100,9 +99,6 @@ def write_bootstrap_layer(
         upload.write(packer.flush())
         upload.write(struct.pack("<II", checksum, length & 0xFFFFFFFF))
         descriptor = upload.finish(media_type)
-    except BaseException:
-        upload.abort()
-        raise
     return BootstrapLayer(descriptor, f"sha256:{plain.hexdigest()}")
 
 

@@ -20,6 +20,7 @@ from builder.build import build
 from builder.consistency import profile_of, require_profile
 from builder.convert.bootlayer import Content, extract_bootstrap, write_bootstrap_layer
 from builder.convert.copying import copy_layers, original_layers
+from builder.convert.layer import push_blob
 from builder.convert.rework import publish, store_config
 from builder.convert.tail import LayerTail, read_tail
 from builder.merge import MergeOptions, merge
@@ -235,15 +236,7 @@ def publish_commit(
 
 def _push(target: Target, layer: PackedLayer) -> _Pushed:
     logger.info("pushing blob for %s", layer.name)
-    upload = target.begin()
-    try:
-        with layer.path.open("rb") as file:
-            while piece := file.read(_PIECE_BYTES):
-                upload.write(piece)
-        descriptor = upload.finish(media.NYDUS_BLOB)
-    except BaseException:
-        upload.abort()
-        raise
+    descriptor = push_blob(target, layer.path)
     tail = read_tail(target, descriptor)
     marked = descriptor.annotated(BLOB="true", UNCOMPRESSED=descriptor.digest)
     return _Pushed(layer, marked, tail)

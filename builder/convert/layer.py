@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Generator
 from contextlib import closing
+from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 from builder.build import build
@@ -16,7 +17,7 @@ from builder.convert.witness import Witness, followed
 from builder.oci import media
 from builder.oci.ahead import read_ahead, until
 from builder.oci.errors import ImageError
-from builder.oci.place import BlobStore, PieceReader, Source
+from builder.oci.place import BlobStore, PieceReader, Source, uploading
 from builder.oci.plain import PIECE_BYTES, plain_pieces
 from builder.oci.records import Descriptor
 from builder.oci.upload import UploadLost
@@ -26,7 +27,7 @@ from builder.progress import counted
 from builder.source.options import SourceOptions, WhiteoutSpec
 from erofs.errors import error_context
 
-__all__ = ["ConvertedLayer", "convert_layer", "copy_blob"]
+__all__ = ["ConvertedLayer", "convert_layer", "copy_blob", "push_blob"]
 
 logger = logging.getLogger(__name__)
 
@@ -124,19 +125,14 @@ def _convert(
     built = _build_options(options, layer)
     undescribed: list[bytes] = []
     reading = built.source._replace(undescribed=undescribed)
-    with closing(read_ahead(content, _PIECES_AHEAD)) as pieces:
-        upload = target.begin()
-        try:
-            stream = io.BufferedReader(PieceReader(pieces, layer.digest), PIECE_BYTES)
-            if options.oci_ref and stream.peek(2)[:2] != _GZIP_MAGIC:
-                raise ImageError("layers for --oci-ref have to be compressed by gzip")
-            build(cast(BinaryIO, stream), built._replace(blob_sink=upload, source=reading))
-            for _ in pieces:
-                pass  # the same when the builder did not look behind the end of the tar
-            descriptor = upload.finish(media.NYDUS_BLOB)
-        except BaseException:
-            upload.abort()
-            raise
+    with closing(read_ahead(content, _PIECES_AHEAD)) as pieces, uploading(target) as upload:
+        stream = io.BufferedReader(PieceReader(pieces, layer.digest), PIECE_BYTES)
+        if options.oci_ref and stream.peek(2)[:2] != _GZIP_MAGIC:
+            raise ImageError("layers for --oci-ref have to be compressed by gzip")
+        build(cast(BinaryIO, stream), built._replace(blob_sink=upload, source=reading))
+        for _ in pieces:
+            pass  # the same when the builder did not look behind the end of the tar
+        descriptor = upload.finish(media.NYDUS_BLOB)
     descriptor = descriptor.annotated(BLOB="true")
     if options.oci_ref:
         descriptor = descriptor.annotated(LAYER_REF=layer.digest)
@@ -157,3 +153,11 @@ def copy_blob(
         return
     with closing(source.pieces(descriptor)) as pieces:
         target.put(descriptor, counted(pieces, progress))
+
+
+def push_blob(target: BlobStore, path: Path) -> Descriptor:
+    """Store a blob that was built into a file; raise `NydusError`."""
+    with uploading(target) as upload, path.open("rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            upload.write(piece)
+        return upload.finish(media.NYDUS_BLOB)

@@ -21,7 +21,15 @@ from builder.oci import media
 from builder.oci.config import ImageConfig
 from builder.oci.errors import ImageError
 from builder.oci.names import host_platform, matches, parse_platforms
-from builder.oci.place import BlobStore, PieceReader, Source, Target, Upload, verified_pieces
+from builder.oci.place import (
+    BlobStore,
+    PieceReader,
+    Source,
+    Target,
+    Upload,
+    uploading,
+    verified_pieces,
+)
 from builder.oci.records import Descriptor, Index, Manifest, Platform, describe
 from builder.overlay import keep_attributes
 from builder.prefetch import find_node
@@ -177,15 +185,11 @@ class Reverse:
         return made
 
     def _unpacked(self, bootstrap: Path, adjust: Callable[[Node], None] | None = None) -> _Layer:
-        upload = self._target.begin()
-        try:
+        with uploading(self._target) as upload:
             packer = _Packer(upload)
             blobs = ReadOn(self._blobs or self._source)
             unpack(bootstrap, cast(BinaryIO, packer), blobs, adjust=adjust)
             descriptor = packer.finish(media.OCI_LAYER_GZIP)
-        except BaseException:
-            upload.abort()
-            raise
         diff_id = f"sha256:{packer.plain.hexdigest()}"
         return _Layer(descriptor.annotated(UNCOMPRESSED=diff_id), diff_id)
 

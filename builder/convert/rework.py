@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from builder.convert.bootlayer import Content, extract_bootstrap, write_bootstrap_layer
-from builder.convert.layer import copy_blob
+from builder.convert.layer import copy_blob, push_blob
 from builder.dictgenerate import DictionaryOptions, generate_dictionary
 from builder.oci import media
 from builder.oci.config import ImageConfig
@@ -79,11 +79,7 @@ def optimize_image(
     blobs = [one for one in old.layers if not one.is_bootstrap]
     for one in blobs:
         copy_blob(source, target, one, progress)
-    upload = (store or target).begin()
-    with result.blob_path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            upload.write(piece)
-    prefetch = upload.finish(media.NYDUS_BLOB).annotated(BLOB="true")
+    prefetch = push_blob(store or target, result.blob_path).annotated(BLOB="true")
     # What is in a backend is no layer.
     own = [] if store is not None else [prefetch]
     content: list[tuple[str, Content]] = [

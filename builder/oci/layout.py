@@ -8,12 +8,13 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from builder.oci import media
 from builder.oci.errors import ImageError
-from builder.oci.place import Source, Verifier, read_document
+from builder.oci.place import Source, Verifier, read_document, uploading
 from builder.oci.records import DOCUMENT_LIMIT, Descriptor, Index
 from builder.output import write_file
 from erofs.errors import error_context
@@ -143,9 +144,12 @@ class FileUpload:
         return Descriptor(media_type, f"sha256:{digest}", self._size)
 
     def abort(self) -> None:
-        """Remove what was written."""
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        """Remove what was written; nothing is raised."""
+        # On a full disk there still is something in the buffer, which cannot be written now either.
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
 
 
 class BlobFolder:
@@ -178,17 +182,13 @@ class BlobFolder:
         """Store a blob unless it is there; raise `ImageError` for another one."""
         if self.has(descriptor):
             return
-        upload = self.begin()
         verifier = Verifier(descriptor)
-        try:
+        with uploading(self) as upload:
             for piece in data:
                 verifier.update(piece)
                 upload.write(piece)
             verifier.finish()
             upload.finish(descriptor.media_type)
-        except BaseException:
-            upload.abort()
-            raise
 
     def mount(self, descriptor: Descriptor, source: Source) -> bool:
         """Tell that nothing is taken over: the bytes are copied."""

@@ -14,10 +14,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 from xml.sax.saxutils import escape
 
+from builder.oci.errors import ImageError
 from builder.oci.place import Source, Verifier
 from builder.oci.records import Descriptor
 from erofs.errors import error_context
@@ -188,27 +190,39 @@ class _Spool:
 
     def __init__(self, place: ObjectBlobs, work: Path) -> None:
         self._place = place
+        self._work = work
         self._sum = hashlib.sha256()
         self._size = 0
         self._file = tempfile.TemporaryFile(prefix="blob-", dir=work)  # noqa: SIM115 - closed below
 
     def write(self, data: bytes | bytearray | memoryview, /) -> None:
-        """Append bytes; raise `OSError`."""
+        """Append bytes; raise `ImageError`."""
         self._sum.update(data)
         self._size += len(data)
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> ImageError:
+        return ImageError(f"writing failed ({error.strerror})", path=self._work)
 
     def finish(self, media_type: str) -> Descriptor:
         """Store the blob under its digest; raise `NydusError`."""
         descriptor = Descriptor(media_type, f"sha256:{self._sum.hexdigest()}", self._size)
         with self._file as file:
-            file.seek(0)
+            try:
+                file.seek(0)
+            except OSError as error:
+                raise self._failed(error) from error
             self._place.put(descriptor, iter(lambda: file.read(_COPY_BYTES), b""))
         return descriptor
 
     def abort(self) -> None:
-        """Forget what was written."""
-        self._file.close()
+        """Forget what was written; nothing is raised."""
+        # On a full disk there still is something in the buffer, which cannot be written now either.
+        with suppress(OSError):
+            self._file.close()
 
 
 def _verified(descriptor: Descriptor, data: Iterable[bytes]) -> Iterator[bytes]:

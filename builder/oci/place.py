@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from builder.oci.errors import ImageError
@@ -21,6 +22,7 @@ __all__ = [
     "Upload",
     "Verifier",
     "read_document",
+    "uploading",
     "verified_pieces",
 ]
 
@@ -85,6 +87,17 @@ class BlobStore(Protocol):
 
     def close(self) -> None:
         """Drop connections; what is not finished disappears."""
+
+
+@contextmanager
+def uploading(target: BlobStore) -> Iterator[Upload]:
+    """Begin a blob, which the block finishes; on an error it is forgotten."""
+    upload = target.begin()
+    try:
+        yield upload
+    except BaseException:
+        upload.abort()
+        raise
 
 
 class Target(BlobStore, Protocol):

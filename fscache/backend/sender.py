@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import SplitResult, urlsplit
@@ -69,5 +70,5 @@ def split_address(text: str, what: str) -> SplitResult:
 
 def host_of(url: str) -> str:
     """Return host and port of an address, for texts."""
-    netloc = url.partition("://")[2].partition("/")[0]
-    return netloc.rpartition("@")[2].partition("?")[0] or "unix socket"
+    netloc = re.split("[/?#]", url.partition("://")[2], maxsplit=1)[0]
+    return netloc.rpartition("@")[2] or "unix socket"

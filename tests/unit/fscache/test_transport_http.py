@@ -24,7 +24,7 @@ from fscache.backend import transport
 from fscache.backend.answer import failure
 from fscache.backend.base import BackendError, ShortRead, Unavailable
 from fscache.backend.pooled import pool_failure
-from fscache.backend.sender import TlsFailure
+from fscache.backend.sender import TlsFailure, host_of
 from fscache.backend.settings import NetworkConfig
 from fscache.backend.transport import Transport
 
@@ -308,3 +308,16 @@ def test_what_takes_long_to_load_is_not(module, unwanted):
     program = f"import sys, {module}; print([name for name in {unwanted!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert done.stdout.strip() == b"[]"
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("https://user:word@host:5/path?key", "host:5"),
+        ("https://host?signature=a@secret", "host"),
+        ("https://host#a@secret", "host"),
+        ("/path", "unix socket"),
+    ],
+)
+def test_texts_name_the_host_alone(url, host):
+    assert host_of(url) == host

@@ -73,6 +73,7 @@ def test_one_prefix_for_both(bucket, tmp_path):
         "img", "--backend-push", "--backend-type", bucket.kind, "--backend-config-file", file,
     )  # fmt: skip
     assert done.status == 0, done.stderr
+    assert bucket.objects
     assert all(name.startswith("x/") for name in bucket.objects)
 
 

@@ -97,10 +97,14 @@ class HolderLink:
     Args:
         directory: see `holder_directory`.
         restart: the command line that the holder starts when this process is killed.
+
+    Raises:
+        HolderError: `NYDUSD_HOLDER_SECONDS` is no number.
     """
 
     def __init__(self, directory: Path, restart: Sequence[str]) -> None:
         self.directory = directory
+        self._patience = _patience()
         self._restart = list(restart)
         self._lock = threading.Lock()
         self._connection: socket.socket | None = None
@@ -219,7 +223,7 @@ class HolderLink:
             # The packages are not installed for a Python that is isolated and quick to start.
             "import sys; sys.path.insert(0, sys.argv.pop());"
             "from fscache.holder.process import main; main()",
-            _options(listener, first, lock, self.directory),
+            _options(listener, first, lock, self.directory, self._patience),
             str(Path(fscache.__file__).parent.parent),
         ]  # fmt: skip
         for fd in (listener, first, lock):
@@ -403,8 +407,19 @@ class HolderLink:
             connection.close()
 
 
-def _options(listener: int, first: int, lock: int, directory: Path) -> str:
-    patience = float(os.environ.get("NYDUSD_HOLDER_SECONDS", PATIENCE_SECONDS))
+def _patience() -> float:
+    """Return the seconds that reads wait for a successor; raise `HolderError`."""
+    text = os.environ.get("NYDUSD_HOLDER_SECONDS")
+    if text is None:
+        return PATIENCE_SECONDS
+    with suppress(ValueError):
+        seconds = float(text)
+        if seconds >= 0:
+            return seconds
+    raise HolderError("NYDUSD_HOLDER_SECONDS is no number of seconds", got=repr(text))
+
+
+def _options(listener: int, first: int, lock: int, directory: Path, patience: float) -> str:
     return json.dumps(
         {
             "listener": listener,

@@ -25,6 +25,14 @@ def pair():
         end.close()
 
 
+@pytest.mark.parametrize("text", ["", "soon", "-1", "nan"])
+def test_patience_is_a_number_of_seconds(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("NYDUSD_RUN_DIR", str(tmp_path))
+    monkeypatch.setenv("NYDUSD_HOLDER_SECONDS", text)
+    with pytest.raises(HolderError, match="no number of seconds"):
+        HolderLink.open(tmp_path)
+
+
 def test_messages_carry_descriptors(pair):
     ours, theirs = pair
     fd = os.memfd_create("carried")

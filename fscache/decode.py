@@ -40,13 +40,13 @@ def decode_text(text: str) -> Any:
     """Return the value of JSON or TOML; raise `ConfigError`."""
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as json_error:
+    except (ValueError, RecursionError) as json_error:
         # Imported here: hardly any configuration is TOML, and it takes 8 ms of every start.
         import tomllib
 
         try:
             return tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             raise ConfigError(f"neither JSON nor TOML ({json_error})") from json_error
 
 

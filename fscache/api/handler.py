@@ -87,6 +87,14 @@ def _read_head(file: BufferedIOBase) -> _Head:
     return _Head(words[0], words[1], words[2], fields)
 
 
+def _parse(head: _Head, body: bytes) -> Request:
+    """Return the request; raise `_BadRequest`."""
+    try:
+        return Request.parse(head.method, head.target, body)
+    except ValueError as error:
+        raise _BadRequest("wrong target") from error
+
+
 def _failure(message: str) -> Answer:
     return Answer(HTTPStatus.BAD_REQUEST, {"code": "UNDEFINED", "message": message})
 
@@ -115,10 +123,11 @@ class _Handler(socketserver.StreamRequestHandler):
         try:
             head = _read_head(self.rfile)
             body = self._body(head)
+            request = _parse(head, body)
         except _BadRequest as error:
             self._send(_failure(str(error)), keeps=False)
             return False
-        said = answer(self.server.daemon, Request.parse(head.method, head.target, body))
+        said = answer(self.server.daemon, request)
         self._send(said, keeps=head.keeps)
         return head.keeps
 
@@ -168,3 +177,7 @@ class ConnectionServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServe
         self.socket.close()
         self.socket = listener
         self.daemon = daemon
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Log what ended a connection without an answer, which nobody expects."""
+        logger.error("api: a request was not answered", exc_info=True)

@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from erofs.errors import NydusError
 from erofs.values import EMPTY, Value
+from fscache.backend.table import is_plain
 
 __all__ = ["DONE", "Answer", "Refusal", "Request", "Router", "text"]
 
@@ -46,7 +47,10 @@ class Request(Value):
 
     @classmethod
     def parse(cls, method: str, target: str, body: bytes) -> Request:
-        """Take a request target apart; absolute addresses are accepted."""
+        """Take a request target apart; absolute addresses are accepted.
+
+        Raises `ValueError` for one that is none.
+        """
         parts = urlsplit(target)
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         return cls(method, parts.path, query, body)
@@ -81,6 +85,8 @@ def text(values: Mapping[str, object], key: str, default: str | None = None) -> 
         raise Refusal(HTTPStatus.BAD_REQUEST, f"ParseBody(missing field `{key}`)")
     if not isinstance(value, str):
         raise Refusal(HTTPStatus.BAD_REQUEST, f"ParseBody({key}: expected a string)")
+    if not is_plain(value):
+        raise Refusal(HTTPStatus.BAD_REQUEST, f"ParseBody({key}: cannot be in a path)")
     return value
 
 

@@ -22,6 +22,7 @@ from fscache.api.routes_metrics import (
     pattern,
 )
 from fscache.backend.settings import Credentials
+from fscache.backend.table import is_plain
 from fscache.config import DaemonConfig, parse_config
 from fscache.entry import Entry
 from fscache.environment import with_environment
@@ -93,9 +94,11 @@ def _mount_words(request: Request) -> _MountWords:
     source, config = text(values, "source"), text(values, "config")
     files = values.get("prefetch_files")
     if files is not None and not (
-        isinstance(files, list) and all(isinstance(item, str) for item in files)
+        isinstance(files, list) and all(isinstance(item, str) and is_plain(item) for item in files)
     ):
-        raise Refusal(HTTPStatus.BAD_REQUEST, "ParseBody(prefetch_files: expected a sequence)")
+        raise Refusal(
+            HTTPStatus.BAD_REQUEST, "ParseBody(prefetch_files: expected a sequence of paths)"
+        )
     kind = text(values, "fs_type", "")
     if kind not in ("rafs", "passthrough_fs"):
         raise Refusal(

@@ -7,13 +7,14 @@ with its path. Values are never quoted: some are secrets.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from erofs.errors import NydusError
 
-__all__ = ["WITHOUT_EFFECT", "ConfigError", "ConfigTable"]
+__all__ = ["WITHOUT_EFFECT", "ConfigError", "ConfigTable", "is_plain"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,14 @@ class ConfigError(NydusError):
     """A configuration that cannot be used; the text begins with the JSON path."""
 
 
+def is_plain(text: str) -> bool:
+    """Return whether text can be in a path: JSON can write what no file name has."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 class ConfigTable:
     """A JSON object with its path; knows which keys were asked for."""
 
@@ -70,6 +79,8 @@ class ConfigTable:
             value = float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ConfigError(f"{self._at(key)}: expected {_NAMES[kind]}, got {_kind(value)}")
+        if isinstance(value, str) and not is_plain(value):
+            raise self.error(key, "text with a NUL, or with half of a character")
         if value != default:
             self._warn_without_effect(key)
         return value
@@ -114,6 +125,8 @@ class ConfigTable:
         for number, item in enumerate(self.get(key, list, [])):
             if not isinstance(item, str):
                 raise ConfigError(f"{self._at(key)}[{number}]: expected text, got {_kind(item)}")
+            if not is_plain(item):
+                raise self.error(f"{key}[{number}]", "no path")
             found.append(Path(item))
         return tuple(found)
 

@@ -148,6 +148,7 @@ LEVEL = b'{"log_level":"info"}'
         b"GET /api/v1/daemon\r\n\r\n",
         b"GET /api/v1/daemon HTTP/2.0\r\n\r\n",
         b"GET  /api/v1/daemon HTTP/1.1\r\n\r\n",
+        b"GET http://[x/api/v1/daemon HTTP/1.1\r\n\r\n",
         b"\0\1\2\r\n\r\n",
         b"BREW /api/v1/daemon HTTP/1.1\r\n\r\n",
         b"get /api/v1/daemon HTTP/1.1\r\n\r\n",
@@ -247,6 +248,49 @@ def test_large_bodies_are_refused(api):
     answer, _ = ask(api[1], "PUT", "/api/v1/daemon/exit", b"x" * 51_201)
     assert answer.status == 400
     assert answer.headers["Connection"] == "close"
+
+
+CONFIG = {
+    "device": {
+        "backend": {"type": "localfs", "config": {"dir": "/nowhere"}},
+        "cache": {"type": "blobcache", "config": {"work_dir": "/nowhere"}},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"source": "/a\0b"}, 400),
+        ({"source": "/a\ud800b"}, 400),
+        ({"source": "/a\0b", "fs_type": "passthrough_fs"}, 400),
+        ({"prefetch_files": ["/a\0b"]}, 400),
+        ({"prefetch_files": ["/a\ud800b"]}, 400),
+        ({"config": json.dumps(CONFIG | {"device": CONFIG["device"] | {"id": "\0"}})}, 500),
+        ({"config": json.dumps(CONFIG).replace("/nowhere", "/no\\u0000where")}, 500),
+        ({"config": json.dumps(CONFIG).replace("/nowhere", "/no\\ud800where")}, 500),
+        ({"config": '{"version": %s}' % ("1" * 5000)}, 500),
+        ({"config": "version = %s" % ("1" * 5000)}, 500),
+    ],
+)  # fmt: skip
+def test_text_that_no_path_has_is_answered(api, caplog, change, status):
+    body = {"source": "/boot", "fs_type": "rafs", "config": json.dumps(CONFIG), **change}
+    answer, text = ask(api[1], "POST", "/api/v1/mount?mountpoint=/a", json.dumps(body).encode())
+    assert answer.status == status
+    assert "daemon is INIT" not in json.loads(text)["message"]
+    assert not caplog.records
+
+
+def test_a_bug_is_logged_and_ends_the_connection_alone(api, tmp_path, monkeypatch, caplog):
+    def fails(daemon, request):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("fscache.api.handler.answer", fails)
+    assert say(tmp_path / "api.sock", INFLIGHT + b"\r\n") == b""
+    (record,) = caplog.records
+    assert record.exc_info[0] is ZeroDivisionError
+    monkeypatch.undo()
+    assert say(tmp_path / "api.sock", INFLIGHT + b"\r\n").startswith(b"HTTP/1.1 204")
 
 
 def test_sockets(tmp_path, image):

@@ -47,14 +47,18 @@ class BlobEntry(Value):
     text: str = field(default="", repr=False, compare=False)
 
 
-def parse_blob_entry(value: object) -> BlobEntry:
+def parse_blob_entry(value: object, path: str = "") -> BlobEntry:
     """Decode an entry, as text (JSON or TOML) or as an object that was decoded already.
+
+    Args:
+        value: the entry.
+        path: where it is in a larger object, for errors.
 
     Raises:
         EntryError: the type is not `bootstrap`, or a name has a slash.
         ConfigError: names the path of the key and what is wrong with it.
     """
-    top = ConfigTable(decode_text(value) if isinstance(value, str) else value, "")
+    top = ConfigTable(decode_text(value) if isinstance(value, str) else value, path)
     kind = top.require("type")
     names = {key: top.get(key, str, "") for key in ("id", "domain_id")}
     if "config_v2" in top:
@@ -77,10 +81,10 @@ def parse_blob_entry(value: object) -> BlobEntry:
 
 def parse_blob_list(text: str) -> tuple[BlobEntry, ...]:
     """Decode the configuration of a singleton daemon, `{"blobs": […]}`; raise `ConfigError`."""
-    items = decode_text(text).get("blobs", [])
-    if not isinstance(items, list):
-        raise ConfigError("blobs: expected a list")
-    return tuple(parse_blob_entry(item) for item in items)
+    top = ConfigTable(decode_text(text), "")
+    items: list[object] = top.get("blobs", list, [])
+    top.finish()
+    return tuple(parse_blob_entry(item, f"blobs[{n}]") for n, item in enumerate(items))
 
 
 def _metadata(table: ConfigTable) -> Path | None:

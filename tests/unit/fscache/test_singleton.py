@@ -165,7 +165,7 @@ def test_errors_of_an_entry_show_no_secret(api, images):
         assert SECRET not in body["message"]
 
 
-def test_list_in_a_configuration(images):
+def test_list_in_a_configuration(images, caplog):
     blobs = [entry(images, "a"), entry(images, "b", "", "two")]
     daemon = SingletonDaemon(SingletonOptions(blobs=parse_blob_list(json.dumps({"blobs": blobs}))))
     daemon.start()
@@ -174,6 +174,12 @@ def test_list_in_a_configuration(images):
     assert parse_blob_list("{}") == ()
     with pytest.raises(ConfigError, match="blobs: expected a list"):
         parse_blob_list('{"blobs": {}}')
+    with pytest.raises(ConfigError, match="expected an object, got a list"):
+        parse_blob_list("[]")
+    with pytest.raises(ConfigError, match=r"^blobs\[0\]\.type: missing"):
+        parse_blob_list('{"blobs": [{}]}')
+    assert parse_blob_list('{"blobz": []}') == ()
+    assert "configuration: unknown key blobz" in caplog.text
 
 
 @pytest.fixture

@@ -36,9 +36,10 @@ def add_transport(parser: CommandParser) -> None:
     ways.add_argument(
         "--transport", choices=[str(way) for way in Transport], default=Transport.AUTO,
         metavar="<transport>",
-        help="How images get to the kernel: fanotify (EROFS, lazily; root, Linux 6.14), nbd"
-        " (EROFS, lazily, from a block device; root, Linux 6.4), fuse (lazily, for every user),"
-        " eager (EROFS, complete files first), auto (the first of fanotify, nbd, fuse that works)"
+        help="How images get to the kernel: fanotify (EROFS, lazily; root, Linux 6.14), cachefiles"
+        " (EROFS, lazily, from the kernel's cache; root, Linux 5.19 to 7.1), nbd (EROFS, lazily,"
+        " from a block device; root, Linux 6.4), fuse (lazily, for every user), eager (EROFS,"
+        " complete files first), auto (the first of fanotify, cachefiles, nbd, fuse that works)"
         " [default: auto]",
     )  # fmt: skip
     ways.add_argument(

@@ -102,25 +102,26 @@ def cache_config(
 
 def prefetch_config(table: ConfigTable) -> PrefetchConfig:
     """Decode `fs_prefetch`, and `prefetch_config` of a blob entry."""
-    config = PrefetchConfig(
-        enable=table.get("enable", bool, False),
-        threads=table.number("threads_count", 8, 1, 1024),
-        batch_size=table.number("merging_size", 1 << 20, 0, _MAX_BATCH),
-        bandwidth_limit=table.number("bandwidth_rate", 0, 0, 1 << 63),
-        prefetch_all=table.get("prefetch_all", bool, True),
-        stream_prefetch=table.get("stream_prefetch", bool, False),
-    )
-    table.finish()
-    return config
+    return _prefetch(table, "threads_count", "merging_size", "bandwidth_rate", everything=True)
 
 
 def _version2_prefetch(table: ConfigTable) -> PrefetchConfig:
+    return _prefetch(table, "threads", "batch_size", "bandwidth_limit", everything=False)
+
+
+def _prefetch(
+    table: ConfigTable, threads: str, batch: str, bandwidth: str, *, everything: bool
+) -> PrefetchConfig:
+    """Decode the keys of either version: three have names of their own, one its own default."""
+    enable = table.get("enable", bool, False)
+    # As the original: what is switched off may have any number, and it shows zeros itself.
+    lowest, most, largest = (1, 1024, _MAX_BATCH) if enable else (0, 1 << 64, 1 << 64)
     config = PrefetchConfig(
-        enable=table.get("enable", bool, False),
-        threads=table.number("threads", 8, 1, 1024),
-        batch_size=table.number("batch_size", 1 << 20, 0, _MAX_BATCH),
-        bandwidth_limit=table.number("bandwidth_limit", 0, 0, 1 << 63),
-        prefetch_all=table.get("prefetch_all", bool, False),
+        enable=enable,
+        threads=table.number(threads, 8, lowest, most),
+        batch_size=table.number(batch, 1 << 20, 0, largest),
+        bandwidth_limit=table.number(bandwidth, 0, 0, 1 << 63),
+        prefetch_all=table.get("prefetch_all", bool, everything),
         stream_prefetch=table.get("stream_prefetch", bool, False),
     )
     table.finish()

@@ -31,8 +31,6 @@ WITHOUT_EFFECT = (
     "encryption_key",
     # The kernel parses the metadata and reads ahead by itself.
     "mode",
-    # Blob entries are read, but not served yet.
-    "prefetch_config.enable",
     # All blobs of an image come from one backend.
     "external_backends",
     # A plain HTTP proxy is used, Dragonfly's own protocol is not.

@@ -106,7 +106,17 @@ def test_version_2_in_toml_and_json():
         ),
         ("mode", "fast", "mode: expected direct or cached"),
         ("amplify_io", 1 << 29, "amplify_io: expected 0 to 268435456"),
-        ("fs_prefetch", {"threads_count": 0}, "fs_prefetch.threads_count: expected 1 to 1024"),
+        (
+            "fs_prefetch",
+            {"enable": True, "threads_count": 0},
+            "fs_prefetch.threads_count: expected 1 to 1024",
+        ),
+        (
+            "fs_prefetch",
+            {"enable": True, "merging_size": 0x10000001},
+            "fs_prefetch.merging_size: expected 0 to 268435456",
+        ),
+        ("fs_prefetch", {"threads_count": -1}, "fs_prefetch.threads_count: expected 0"),
         ("device.external_backends", [3], "device.external_backends[0]: expected an object"),
         ("device.external_backends", [{}], "device.external_backends[0].type: missing"),
         ("device.cache.validate", "yes", "device.cache.validate: expected true or false"),
@@ -282,6 +292,21 @@ threads = 9
     assert config.rafs.prefetch == PREFETCH
 
 
+def test_numbers_of_a_prefetch_that_is_off_do_not_matter():
+    """The original shows such zeros in the configuration of a daemon, and takes them."""
+    off = {"enable": False, "threads_count": 0, "merging_size": 0}
+    assert not parse_config(json.dumps({**V1, "fs_prefetch": off})).rafs.prefetch.enable
+    large = {"threads_count": 2000, "merging_size": 0x10000001}
+    assert not parse_config(json.dumps({**V1, "fs_prefetch": large})).rafs.prefetch.enable
+    v2 = FULL_V2 + "[cache.prefetch]\nenable = false\nthreads = 0\nbatch_size = 0\n"
+    assert parse_config(v2).cache.prefetch == PREFETCH
+
+
+def test_prefetch_of_blob_entries_is_no_key_without_effect(caplog):
+    parse_blob_entry(changed_entry(prefetch_config={"enable": True}))
+    assert "has no effect" not in caplog.text
+
+
 def test_the_list_of_keys_without_effect_is_true(caplog):
     """Every entry warns for some key."""
     parse_config(FULL_V1)
@@ -295,7 +320,6 @@ work_dir = "/o"
 enable = true
 """
     )
-    parse_blob_entry(changed_entry(prefetch_config={"enable": True}))
     warned = {
         record.getMessage().split()[1]
         for record in caplog.records

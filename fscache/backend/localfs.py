@@ -6,6 +6,7 @@ anew and one that was removed is missing, and thousands of blobs hold no descrip
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from fscache.backend.base import (
 from fscache.backend.settings import LocalFsConfig
 
 __all__ = ["LocalFsBackend", "LocalFsReader", "file_pieces", "read_exactly"]
+
+logger = logging.getLogger(__name__)
 
 _PIECE_BYTES = 1 << 18
 
@@ -129,6 +132,10 @@ class LocalFsBackend:
         self._dirs = first + config.alt_dirs
         if self._blob_file is None and not self._dirs:
             raise BackendError("localfs needs blob_file or dir")
+        places = self._dirs if self._blob_file is None else (self._blob_file,)
+        if not any(os.access(place, os.F_OK) for place in places):
+            # No error: what is cached can be read without them.
+            logger.warning("blobs are not there: %s", ", ".join(map(str, places)))
 
     def open(self, blob_id: str) -> LocalFsReader:
         """Return a reader; raise `BackendError` for an id that is refused."""

@@ -245,6 +245,15 @@ def test_localfs_refuses_what_is_no_file(tmp_path):
         open_backend(LocalFsConfig(dir=tmp_path)).open(BLOB).read_at(0, 1)
 
 
+def test_localfs_says_at_once_that_blobs_are_not_there(tmp_path, caplog):
+    absent = tmp_path / "absent"
+    open_backend(LocalFsConfig(dir=absent, alt_dirs=(tmp_path,)))
+    assert caplog.messages == []
+    open_backend(LocalFsConfig(dir=absent))
+    open_backend(LocalFsConfig(blob_file=absent))
+    assert caplog.messages == [f"blobs are not there: {absent}"] * 2
+
+
 def test_localfs_needs_a_place():
     with pytest.raises(BackendError):
         open_backend(LocalFsConfig())

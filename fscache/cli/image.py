@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from erofs.console import CommandParser
@@ -69,11 +70,18 @@ def add_filesystem(parser: CommandParser) -> None:
     )  # fmt: skip
 
 
-def add_ignored(parser: CommandParser, name: str, reason: str, *aliases: str) -> None:
-    """Add an option with a value that is taken and changes nothing, for a reason."""
+def add_ignored(
+    parser: CommandParser,
+    name: str,
+    reason: str,
+    *aliases: str,
+    check: Callable[[str], object] = str,
+) -> None:
+    """Add an option with a value that is checked and changes nothing, for a reason."""
     parser.add_argument(
-        name, *aliases, dest="ignored" + name, metavar="<value>", help=f"No effect: {reason}"
-    )
+        name, *aliases, dest="ignored" + name, type=check, metavar="<value>",
+        help=f"No effect: {reason}",
+    )  # fmt: skip
 
 
 def tell_ignored(arguments: argparse.Namespace, names: dict[str, str]) -> None:

@@ -30,7 +30,16 @@ from fscache.cli.image import (
     filesystem_options,
     tell_ignored,
 )
-from fscache.cli.words import add_names, address, conflict, megabytes, missing
+from fscache.cli.words import (
+    add_names,
+    address,
+    conflict,
+    failover_policy,
+    files,
+    megabytes,
+    missing,
+    threads,
+)
 from fscache.config import ConfigError
 from fscache.daemonlog import set_up_daemon_log
 from fscache.entry import NodeOptions
@@ -72,7 +81,7 @@ def _process() -> CommandParser:
         "-A", "--apisock", type=Path, metavar="<apisock>", help="Path of the API socket"
     )
     common.add_argument(
-        "--rlimit-nofile", type=int, default=DEFAULT_OPEN_FILES, metavar="<rlimit-nofile>",
+        "--rlimit-nofile", type=files, default=DEFAULT_OPEN_FILES, metavar="<rlimit-nofile>",
         help="Limit of open files, 0 leaves it as it is [default: 1000000]",
     )  # fmt: skip
     common.add_argument(
@@ -111,6 +120,7 @@ def _parser(chosen: str | None) -> CommandParser:
     parser = CommandParser(
         prog="nydusd",
         description="Serve container images to the kernel's EROFS, fetching what is read",
+        epilog="Without a command it is fuse: nydusd --mountpoint <mountpoint> ...",
     )
     parser.add_argument("-V", "--version", action="store_true", help="Print version")
     commands = parser.add_subparsers(title="Commands", dest="command", metavar="<COMMAND>")
@@ -177,9 +187,10 @@ def _add_fuse(parser: CommandParser) -> None:
         "--upgrade", action="store_true",
         help="Wait until the API says to take over from the daemon that serves this mount point",
     )  # fmt: skip
-    for name, reason in _WITHOUT_EFFECT.items():
-        aliases = ("--thread-num",) if name == "--fuse-threads" else ()
-        add_ignored(parser, name, reason, *aliases)
+    policy, count, database = _WITHOUT_EFFECT.items()
+    add_ignored(parser, *policy, check=failover_policy)
+    add_ignored(parser, *count, "--thread-num", check=threads)
+    add_ignored(parser, *database)
 
 
 def _check_one(arguments: argparse.Namespace) -> None:
@@ -229,14 +240,19 @@ def _fuse_options(arguments: argparse.Namespace) -> NodeOptions:
 
 def _set_open_files(wanted: int) -> None:
     """Set the limit of open files: each waiting read holds one."""
-    if wanted <= 0:
+    if not wanted:
         return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(wanted, hard)))
     except (ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        logger.info("the limit of open files stays at %d", hard)
+        logger.warning(
+            "the limit of open files is %d, not %d: more takes CAP_SYS_RESOURCE"
+            " (--rlimit-nofile 0 leaves it as it is)",
+            hard,
+            wanted,
+        )
 
 
 def _end_on_signals(daemon: NodeDaemon | SingletonDaemon | NbdDaemon) -> None:
@@ -437,6 +453,8 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[], CommandParser] | None, _AddWor
 
 def _with_command(words: list[str]) -> list[str]:
     """Put the sub-command first: without one the program is `fuse`, as the original."""
+    if words[:1] == ["help"]:
+        return [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help", "-V", "--version") or not words[0].startswith("-"):
         return words
     for command in _COMMANDS:

@@ -17,6 +17,8 @@ __all__ = [
     "address",
     "check_names",
     "conflict",
+    "failover_policy",
+    "files",
     "megabytes",
     "missing",
     "threads",
@@ -24,11 +26,33 @@ __all__ = [
 ]
 
 
+_FAILOVER_POLICIES = ("none", "resend", "flush")
+# More are no number that the kernel takes, nor `int`.
+_DIGITS = 16
+
+
 def megabytes(text: str) -> int:
     """Return a number of MB; raise `ArgumentTypeError`."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number of MB, got {text!r}")
+    return _number(text, "a number of MB")
+
+
+def files(text: str) -> int:
+    """Return a number of open files; raise `ArgumentTypeError`."""
+    return _number(text, "a number of files")
+
+
+def _number(text: str, what: str) -> int:
+    if not (text.isdecimal() and len(text) < _DIGITS):
+        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
     return int(text)
+
+
+def failover_policy(text: str) -> str:
+    """Return one of the original's words; raise `ArgumentTypeError`."""
+    if text not in _FAILOVER_POLICIES:
+        words = ", ".join(_FAILOVER_POLICIES)
+        raise argparse.ArgumentTypeError(f"expected one of {words}, got {text!r}")
+    return text
 
 
 def threads(text: str) -> int:

@@ -98,6 +98,10 @@ OK = ("erofs", "-B", "boot", "-M", "mnt", "-C", "config.json")
         ((*OK, "--eage"), "unrecognized arguments: --eage"),
         ((*OK, "-l", "loud"), "invalid choice: 'loud'"),
         ((*OK, "-A"), "expected one argument"),
+        ((*OK, "--rlimit-nofile", "-5"), "expected a number of files, got '-5'"),
+        ((*OK, "--rlimit-nofile", "9" * 20), "expected a number of files"),
+        (("-M", "mnt", "--thread-num", "1025"), "expected a number from 1 to 1024, got '1025'"),
+        (("-M", "mnt", "--failover-policy", "x"), "expected one of none, resend, flush, got 'x'"),
     ],
 )
 def test_wrong_arguments(user, args, text):
@@ -114,6 +118,8 @@ def test_help_and_version(user):
     assert (status, err) == (0, "")
     assert "--eager" in out
     assert "--apisock" in out
+    assert user.run("help", "erofs") == (status, out, err)
+    assert "Without a command it is fuse" in user.run("help")[1]
     status, out, err = user.run("--version")
     assert (status, err) == (0, "")
     assert re.match(r"nydusd Version: \t\S+\n", out)

@@ -66,6 +66,7 @@ class Entry:
     """One mount of the table: an image, or a directory that is passed through.
 
     `bind` of an image is the writable overlay over it.
+    `is_image` says which of the two it is, also while a successor does not serve it yet.
     `adopted` is True for one that a killed daemon made, until a client asks for it again;
     `key` is under which a holder notes it when it is no image;
     `source` is the directory that is passed through.
@@ -81,10 +82,12 @@ class Entry:
         source: str = "",
         *,
         adopted: bool = False,
+        is_image: bool = False,
     ) -> None:
         self.path = path
         self.mounted_at = mounted_at
         self.image = image
+        self.is_image = is_image or image is not None
         self.bind = bind
         self.key = key
         self.source = source

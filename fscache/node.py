@@ -33,7 +33,7 @@ from fscache.mounts.skeleton import Look, host_directories, image_directories
 from fscache.mounts.treepath import split
 from fscache.record import ImageRecord, PlainRecord
 from fscache.runtime import Runtime
-from fscache.succession import adopt, recorded_paths
+from fscache.succession import adopt, recorded_entries
 from fscache.supervisor import receive_state, send_state
 from fscache.transport import Transport, wants_holder
 
@@ -196,7 +196,6 @@ class NodeDaemon(Lifecycle):
         )
         with self._nest.place(options.virtual, self._look(bootstrap, config)) as directory:
             self._serve_image(config, bootstrap, directory, image_options)
-        logger.info("serving %s at %s", bootstrap, directory)
 
     def _mount_first_directory(self, shared_dir: Path) -> None:
         self._clear_first()
@@ -343,8 +342,7 @@ class NodeDaemon(Lifecycle):
         with self._lock:
             if self._inheritance is not None:
                 # Not served yet, and clients want to see that all of it is there.
-                paths = recorded_paths(self._inheritance)
-                return [Entry(path, since, None, None) for path, since in paths.items()]
+                return recorded_entries(self._inheritance)
             return list(self._table.values())
 
     def image(self, path: str) -> ServedImage:
@@ -394,6 +392,7 @@ class NodeDaemon(Lifecycle):
         elif config.overlay is not None:
             logger.warning("overlay of the configuration has no effect without --writable")
         self._table[options.path] = entry
+        logger.info("serving %s at %s", bootstrap, directory)
 
     def _asked_again(self, path: str, bootstrap: Path, config: DaemonConfig) -> bool:
         """Whether a client asks for a mount that this daemon took over already.
@@ -470,11 +469,11 @@ class NodeDaemon(Lifecycle):
                 self.runtime.unmount(entry.image)
 
     def set_credentials(self, credentials: Credentials) -> None:
-        """Use other credentials for all images that are mounted now."""
-        with self._beginning, self._lock:
+        """Use other credentials for all images that are mounted now; see `_changing`."""
+        with self._changing() as runtime:
             for entry in self._table.values():
                 if entry.image is not None:
-                    self.runtime.set_credentials(entry.image, credentials)
+                    runtime.set_credentials(entry.image, credentials)
         self.credentials_replaced = True
 
     def _unmount_all(self) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 from erofs.errors import NydusError
 from erofs.values import Value
 from fscache.config import DaemonConfig
+from fscache.entry import Entry
 from fscache.holder.link import HeldRecord, Inheritance
 from fscache.image import ServedImage
 from fscache.mounts.place import PlainMount, is_our_overlay, mounted_at
 from fscache.record import KERNEL_CACHE, ImageRecord, PlainRecord
 from fscache.runtime import Runtime
 
-__all__ = ["Adopted", "adopt", "recorded_paths"]
+__all__ = ["Adopted", "adopt", "recorded_entries"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +35,17 @@ class Adopted(Value):
     source: str = ""
 
 
-def recorded_paths(inheritance: Inheritance) -> dict[str, float]:
-    """Return the places of the table that are held for a successor, and since when."""
-    paths = {}
+def recorded_entries(inheritance: Inheritance) -> list[Entry]:
+    """Return the table that is held for a successor; nothing of it is served yet."""
+    entries = []
     for held in inheritance.records:
-        path, since = held.values.get("path"), held.values.get("mounted_at")
-        if isinstance(path, str) and isinstance(since, float) and not held.values.get("leaving"):
-            paths[path] = since
-    return paths
+        kind, path = held.values.get("kind"), held.values.get("path")
+        since, leaving = held.values.get("mounted_at"), held.values.get("leaving")
+        if kind not in ("image", "bind") or leaving:
+            continue
+        if isinstance(path, str) and isinstance(since, float):
+            entries.append(Entry(path, since, None, None, is_image=kind == "image"))
+    return entries
 
 
 def adopt(runtime: Runtime, inheritance: Inheritance, config_for: ConfigFor) -> list[Adopted]:

@@ -146,7 +146,7 @@ def _of_daemon(daemon: NodeDaemon, entries: Sequence[Entry]) -> Iterator[Family]
         "Where the daemon is in its life: 1 for this state.",
         [Sample(int(state is daemon.state), {"state": state.value}) for state in State],
     )
-    images = sum(entry.image is not None for entry in entries)
+    images = sum(entry.is_image for entry in entries)
     yield _gauge(
         "mounts",
         "Mounts of the table, by type.",

@@ -42,7 +42,7 @@ def _mounted(entry: Entry) -> dict[str, object]:
     moment = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry.mounted_at))
     nanos = int(entry.mounted_at % 1 * 1e9)
     return {
-        "backend_type": "Rafs" if entry.image is not None else "PassthroughFs",
+        "backend_type": "Rafs" if entry.is_image else "PassthroughFs",
         "mountpoint": entry.path,
         "mounted_time": f"{moment}.{nanos:09d} +00:00:00",
     }

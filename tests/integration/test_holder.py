@@ -374,13 +374,19 @@ def test_failover(node, supervisor, content):
     node.server.fault = None
     successor = node.start(state="INIT")
     assert node.api("PUT", "/api/v1/daemon/start")[0] == 400
+    assert node.api("PUT", "/api/v1/config", {"registry_auth": "dTpw"})[0] == 500
     assert reader.process.poll() is None
     thread = supervisor.give()
     assert node.api("PUT", "/api/v1/daemon/fuse/takeover")[0] == 204
     thread.join(TIMEOUT)
     info = node.api("GET", "/api/v1/daemon")[1]
     assert info["state"] == "READY"
-    assert list(info["backend_collection"]) == ["/"]
+    table = {path: item["backend_type"] for path, item in info["backend_collection"].items()}
+    assert table == {"/": "Rafs"}
+    # They would be forgotten: nothing is served yet.
+    auth = {"registry_auth": "dTpw"}
+    assert node.api("PUT", "/api/v1/config", auth)[0] == 500
+    assert node.api("GET", "/api/v1/config") == (200, {})
     assert node.api("PUT", "/api/v1/daemon/fuse/takeover")[0] == 400
     assert node.api("PUT", "/api/v1/daemon/start")[0] == 204
     assert node.state() == "RUNNING"

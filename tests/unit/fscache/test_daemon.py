@@ -311,8 +311,13 @@ def test_sockets(tmp_path, image):
 
 
 def test_credentials_are_replaced_and_never_shown(api):
-    _, connection = api
+    daemon, connection = api
+    # One that serves nothing yet would forget them.
+    assert ask(connection, "PUT", "/api/v1/config", b'{"registry_auth": "dTpw"}')[0].status == 500
     assert json.loads(ask(connection, "GET", "/api/v1/config")[1]) == {}
+    daemon.enter(State.READY)
+    daemon.enter(State.RUNNING)
+    daemon._runtime = object()
     assert ask(connection, "PUT", "/api/v1/config", b'{"registry_auth": "dTpw"}')[0].status == 204
     shown = ask(connection, "GET", "/api/v1/config")[1]
     assert json.loads(shown) == {"registry_auth": "<hidden>"}

@@ -11,9 +11,16 @@ import pytest
 
 from fscache.holder import link as link_module
 from fscache.holder.journal import Journal, JournalError
-from fscache.holder.link import HolderError, HolderLink, holder_directory
+from fscache.holder.link import (
+    HeldRecord,
+    HolderError,
+    HolderLink,
+    Inheritance,
+    holder_directory,
+)
 from fscache.holder.process import Holder
 from fscache.holder.wire import WireError, receive, send
+from fscache.succession import recorded_entries
 from tests.leftovers import no_open_file_left
 
 
@@ -188,3 +195,21 @@ def test_start_gives_up_a_holder_that_never_ends(ending, monkeypatch):
     with pytest.raises(HolderError, match="the holder does not answer"):
         HolderLink.open(mountpoint)
     assert 30 < clock.now < 40
+
+
+def test_a_successor_shows_what_clients_have_mounted():
+    """Before it serves: not the private tmpfs, nor what was unmounted under its users."""
+    inheritance = Inheritance()
+    values = [
+        {"kind": "tmpfs", "path": "", "mounted_at": 1.0},
+        {"kind": "image", "path": "/a", "mounted_at": 2.0, "leaving": False},
+        {"kind": "image", "path": "/b", "mounted_at": 3.0, "leaving": True},
+        {"kind": "bind", "path": "/c", "mounted_at": 4.0},
+        {"kind": "orphan", "erofs": "name"},
+    ]
+    inheritance.records = [HeldRecord(str(n), item, []) for n, item in enumerate(values)]
+    entries = recorded_entries(inheritance)
+    assert [(e.path, e.mounted_at, e.is_image) for e in entries] == [
+        ("/a", 2.0, True),
+        ("/c", 4.0, False),
+    ]

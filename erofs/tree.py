@@ -209,9 +209,11 @@ def iter_names(root: Node) -> Iterator[tuple[bytes, bytes, Node]]:
 def split_xattr_name(name: bytes) -> tuple[int, bytes]:
     """Return (name index, rest of the name).
 
-    Raises `CorruptStructure` for an unknown prefix, and for a prefix alone, which the kernel
-    would list and then not find.
+    Raises `CorruptStructure` for an unknown prefix, and for what the kernel would list and then
+    not find: a prefix alone, more than 255 bytes, a zero byte.
     """
+    if len(name) > layout.NAME_MAX or b"\0" in name:
+        raise CorruptStructure("xattr name that Linux cannot hold", got=name)
     for index, prefix in layout.XATTR_PREFIXES:
         if index in layout.XATTR_WHOLE_NAMES:
             if name == prefix:
@@ -268,8 +270,11 @@ def _check_node(node: Node, limits: _Limits) -> None:
         raise CorruptStructure("owner does not fit 32 bits", got=f"{node.uid}:{node.gid}")
     if kind == stat.S_IFREG:
         _check_regular(node, limits)
-    elif kind == stat.S_IFLNK and not 0 < len(node.target) <= layout.SYMLINK_MAX:
-        raise CorruptStructure("impossible length of a symlink target", got=len(node.target))
+    elif kind == stat.S_IFLNK:
+        if not 0 < len(node.target) <= layout.SYMLINK_MAX:
+            raise CorruptStructure("impossible length of a symlink target", got=len(node.target))
+        if b"\0" in node.target:
+            raise CorruptStructure("symlink target with a zero byte", got=node.target)
     if node.xattrs:
         _check_xattrs(node)
 

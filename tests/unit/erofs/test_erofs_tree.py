@@ -45,7 +45,8 @@ def test_names(name):
         ({"size": 4097}, "number of chunks: expected 2, got 1"),
         ({"xattrs": {b"lustre.x": b""}}, "cannot hold"),
         ({"xattrs": {b"system.posix_acl_access2": b""}}, "cannot hold"),
-        ({"xattrs": {b"user." + b"n" * 256: b""}}, "too long"),
+        ({"xattrs": {b"user." + b"n" * 251: b""}}, "Linux cannot hold"),
+        ({"xattrs": {b"user.a\0trusted.b": b""}}, "Linux cannot hold"),
         ({"xattrs": {b"user.a": bytes(65536)}}, "too long"),
         ({"xattrs": {b"user.%d" % n: bytes(65535) for n in range(4)}}, "too long together"),
     ],
@@ -73,7 +74,7 @@ def test_chunks(field, value, match):
     _refused(image, match)
 
 
-@pytest.mark.parametrize("target", [b"", b"t" * 4096])
+@pytest.mark.parametrize("target", [b"", b"t" * 4096, b"a\0b"])
 def test_symlink_targets(target):
     image, _ = _with()
     image.root.entries[b"link"] = tiny.symlink(target)

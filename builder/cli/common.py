@@ -7,7 +7,6 @@ import io
 import sys
 from pathlib import Path
 
-from builder.errors import BuildError
 from erofs.console import LOG_LEVELS, CommandParser
 
 __all__ = [
@@ -126,10 +125,13 @@ def takes_inlined(arguments: argparse.Namespace) -> bool:
 
 
 def bootstrap_path(arguments: argparse.Namespace) -> Path:
-    """Return the bootstrap that was named; raise `BuildError`."""
+    """Return the bootstrap that was named; end with a usage error unless it is one."""
+    parser: CommandParser = arguments.parser
     path: Path | None = arguments.source or arguments.bootstrap
     if path is None:
-        raise BuildError("missing parameter `bootstrap` or `BOOTSTRAP`")
+        parser.error("the following required arguments were not provided:\n  <BOOTSTRAP>")
+    if arguments.source is not None and arguments.bootstrap is not None:
+        parser.error("the argument '--bootstrap <bootstrap>' cannot be used with '[BOOTSTRAP]'")
     return path
 
 

@@ -170,7 +170,7 @@ def _source(arguments: argparse.Namespace) -> tuple[Path, Path, Backend]:
                 " or '--localfs-dir <localfs-dir>'"
             )
         if output is None:
-            raise BuildError("--config needs --output <output>")
+            arguments.parser.error("--config needs --output <output>")
         # Imported here: it decodes whole daemon configurations, which nearly nobody gives.
         from fscache.blobentry import parse_blob_entry
 
@@ -179,7 +179,7 @@ def _source(arguments: argparse.Namespace) -> tuple[Path, Path, Backend]:
             raise BuildError("configuration without metadata_path", path=arguments.config)
         return entry.metadata_path, output, open_backend(entry.config.backend)
     if bootstrap is None:
-        raise BuildError("both option `-C/--config` and `-B/--bootstrap` are missing")
+        arguments.parser.error("both option `-C/--config` and `-B/--bootstrap` are missing")
     if directory is None:
         arguments.parser.error(
             "the following required arguments were not provided:\n  --localfs-dir <localfs-dir>"

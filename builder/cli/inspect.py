@@ -65,6 +65,9 @@ def _request(inspector: Inspector, line: str) -> None:
     if command == b"help":
         sys.stdout.write(HELP)
         raise InspectError("help is not supported in inspect request mode")
+    if not command or command in _LEAVE:
+        sys.stdout.write("null")
+        return
     answer = inspector.execute(command, argument)
     if answer is None:
         sys.stdout.write(_unknown(command))

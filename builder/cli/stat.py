@@ -7,9 +7,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builder.backends import daemon_backend
 from builder.bootstrap import open_any_bootstrap
-from builder.cli.common import add_config, add_output_json
+from builder.cli.common import add_config, add_output_json, takes_inlined
 from builder.cli.createwords import DIGESTERS
 from builder.errors import BuildError
 from builder.listing import log_features
@@ -32,7 +31,8 @@ def add_words(parser: CommandParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "-D", "--blob-dir", metavar="<blob-dir>", type=Path,
-        help="Generate statistics information for all RAFS filesystems in the directory",
+        help="Generate statistics information for all RAFS filesystems in the directory;"
+        " images may be blobs with inlined metadata",
     )  # fmt: skip
     parser.add_argument(
         "-T", "--target", metavar="<target>", type=Path,
@@ -50,9 +50,7 @@ def add_words(parser: CommandParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Count, and print or write what was counted."""
-    inlined = arguments.config is not None
-    if inlined:
-        daemon_backend(arguments.config)
+    inlined = takes_inlined(arguments)
     stat = ImageStat(DIGESTERS[arguments.digester])
     if arguments.bootstrap is not None:
         with open_any_bootstrap(arguments.bootstrap, inlined=inlined) as image:

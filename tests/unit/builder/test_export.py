@@ -402,7 +402,7 @@ def test_command_with_a_blob_entry(tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "text"),
     [
-        (["-D", "DIR"], 1, "-B/--bootstrap"),
+        (["-D", "DIR"], 2, "-B/--bootstrap"),
         (["-B", "BOOT", "-C", "x"], 2, "cannot be used"),
         (["-B", "BOOT"], 2, "--localfs-dir"),
         (["-B", "BOOT", "-D", "DIR/none"], 1, "does not exist"),
@@ -414,7 +414,7 @@ def test_command_with_a_blob_entry(tmp_path):
         (["-B", "BOOT", "-D", "DIR", "--threads", "33"], 2, "1..=32"),
         (["-B", "BOOT", "-D", "DIR", "--verity-padding", "ones"], 2, "ones"),
         (["-C", "DIR/none", "-O", "DIR/d"], 1, "No such file"),
-        (["-C", "BOOT"], 1, "--output"),
+        (["-C", "BOOT"], 2, "--output"),
     ],
 )
 def test_wrong_words(tmp_path, capsys, words, status, text):

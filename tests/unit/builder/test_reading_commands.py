@@ -80,8 +80,11 @@ def test_check_report_and_names_of_the_argument(boot, tmp_path, capsys):
     report = tmp_path / "report.json"
     assert main(["check", "-B", str(boot), "-J", str(report)]) == 0
     assert json.loads(report.read_text())["bootstrap"] == str(boot)
-    assert main(["check"]) == 1
-    assert "missing parameter" in capsys.readouterr().err
+    for words in (["check"], ["inspect"], ["check", "-B", str(boot), str(boot)]):
+        with pytest.raises(SystemExit) as raised:
+            main(words)
+        assert raised.value.code == 2
+        assert "BOOTSTRAP" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["check", "inspect"])
@@ -129,8 +132,14 @@ def test_interrupt_ends_the_shell(boot, monkeypatch, capsys):
 def test_request_for_what_is_not_there_fails(boot, capsys):
     assert main(["inspect", str(boot), "-R", "stat nope"]) == 1
     assert main(["inspect", str(boot), "-R", "chunk x"]) == 1
-    assert main(["inspect", str(boot), "-R", "exit"]) == 1
-    assert "unsupported inspect request `exit`" in capsys.readouterr().err
+    assert main(["inspect", str(boot), "-R", "leave"]) == 1
+    assert "unsupported inspect request `leave`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("request_line", ["exit", "q", "", " "])
+def test_request_to_leave_is_answered_as_by_the_real_tool(boot, capsys, request_line):
+    assert main(["inspect", str(boot), "-R", request_line]) == 0
+    assert capsys.readouterr().out == "null"
 
 
 def test_unpack_over_http(boot, blob, tmp_path):

@@ -318,6 +318,16 @@ def test_words_of_stat(tmp_path, capsys):
     assert main(["-l", "warn", "stat", "-D", str(tmp_path / "one")]) == 1
 
 
+def test_stat_counts_blobs_with_inlined_metadata(tmp_path, capsys):
+    build(
+        io.BytesIO(tar_of(*files("ab"))),
+        BuildOptions(source_type=SourceType.TAR, blob_dir=tmp_path, inline_bootstrap=True),
+    )
+    report = tmp_path / "report.json"
+    assert main(["-l", "warn", "stat", "-D", str(tmp_path), "-J", str(report)]) == 0
+    assert json.loads(report.read_text())["base_image"]["files"] == 2
+
+
 def test_words_of_chunkdict(tmp_path, capsys):
     assert main(["chunkdict"]) == 0
     assert "Usage: nydus-image chunkdict" in capsys.readouterr().out

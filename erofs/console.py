@@ -109,6 +109,8 @@ def set_up_logging(level: str, path: Path | None) -> None:
     """Send the log to standard error, or to a file (see `log_path`); raise `OSError`."""
     handler: logging.Handler = ConsoleHandler()
     if path is not None:
+        # The real tools make the directory, too.
+        path.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(log_path(path))
     log_to(handler, level)
 

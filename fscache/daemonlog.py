@@ -33,6 +33,8 @@ def set_up_daemon_log(level: str, path: Path | None, rotate_bytes: int) -> None:
         # Imported here: it takes 5 ms, and most daemons that people start have no file.
         from fscache.logfile import LogFile
 
+        # The real daemon makes the directory, too.
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = LogFile(log_path(path), rotate_bytes)
         log_to(file, level)
         dump_fd = file.dump_fd

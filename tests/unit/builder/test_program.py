@@ -36,6 +36,13 @@ def test_what_is_said_arrives_with_the_status(words, status, out, err, tmp_path)
     assert bool(err) == bool(wrong)
 
 
+def test_directory_of_the_log_is_made_as_by_the_real_tool(tmp_path):
+    log = tmp_path / "logs" / "build"
+    done = _run(["-L", str(log), "create", str(tmp_path), "-D", str(tmp_path)], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "successfully built" in log.with_suffix(".log").read_text()
+
+
 def test_nobody_reads_what_is_said():
     ours, theirs = os.pipe()
     os.close(ours)

@@ -161,9 +161,11 @@ def test_signals_dump_all_stacks_to_standard_error():
 
 
 def test_signals_with_a_file(tmp_path):
-    result = run(str(tmp_path / "d.log"))
+    # The directory is made, as by the real daemon.
+    folder = tmp_path / "logs" / "nydusd"
+    result = run(str(folder / "d.log"))
     assert (result.returncode, result.stderr) == (-signal.SIGABRT, "")
-    old, new = (tmp_path / "d.log.old").read_text(), (tmp_path / "d.log").read_text()
+    old, new = (folder / "d.log.old").read_text(), (folder / "d.log").read_text()
     # The file is opened anew by the next line; the dump before it is in the old one.
     assert old.count("Current thread") == 2
     assert " INFO alive\nFatal Python error: Aborted" in new

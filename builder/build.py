@@ -62,6 +62,14 @@ class _Outputs:
             return path
         return self.blob.commit(None if self._is_named else file_name)
 
+    def commit_empty(self) -> None:
+        """Leave an empty file where a blob was asked for by name; raise `BuildError`.
+
+        Callers go on with that name, and what lies there may be the blob of an earlier build.
+        """
+        if self.blob is not None and self._is_named:
+            self.blob.commit()
+
 
 @contextmanager
 def _open_outputs(options: BuildOptions) -> Iterator[_Outputs]:
@@ -216,8 +224,8 @@ class _Builder:
                 directory.root, options.attributes, options.chunk_size, options.digester
             )
         first: list[Node] = []
-        if options.prefetch_policy is PrefetchPolicy.BLOB:
-            first = files_below(directory.root, parse_patterns(options.prefetch_patterns))
+        if options.prefetch_policy is not PrefetchPolicy.NONE:
+            first = files_below(directory.root, options.prefetch_patterns)
         directory.feed(chunker, first)
         return directory.root
 
@@ -245,10 +253,15 @@ def _settle_file_offsets(root: Node, chunk_size: int) -> int:
     return names
 
 
+def _prefetch_table(root: Node, options: BuildOptions) -> list[Node]:
+    """Return what the table names; patterns that name nothing are warned about in any case."""
+    if options.prefetch_policy is PrefetchPolicy.NONE:
+        return []
+    nodes = pattern_nodes(root, options.prefetch_patterns)
+    return nodes if options.prefetch_policy is PrefetchPolicy.FS else []
+
+
 def _bootstrap(root: Node, blobs: list[BlobEntry], options: BuildOptions) -> memoryview:
-    prefetch: list[Node] = []
-    if blobs and options.prefetch_policy is PrefetchPolicy.FS:
-        prefetch = pattern_nodes(root, parse_patterns(options.prefetch_patterns))
     return emit_bootstrap(
         BootstrapSpec(
             root=root,
@@ -256,7 +269,7 @@ def _bootstrap(root: Node, blobs: list[BlobEntry], options: BuildOptions) -> mem
             chunk_size=options.chunk_size,
             compressor=options.compressor,
             digester=options.digester,
-            prefetch=prefetch,
+            prefetch=_prefetch_table(root, options) if blobs else [],
             explicit_owners=options.source.keep_owners,
             tarfs=options.source_type is SourceType.TARFS,
             encrypted=options.encryption is not None,
@@ -294,6 +307,9 @@ def build(source: Path | BinaryIO, options: BuildOptions) -> BuildResult:
     if options.blob_cache_dir is not None:
         options = options._replace(compressor=Compressor.NONE)
     check_options(options)
+    if options.prefetch_policy is not PrefetchPolicy.NONE:
+        patterns = parse_patterns(options.prefetch_patterns)
+        options = options._replace(prefetch_patterns=patterns)
     if options.source_type is SourceType.TARFS:
         return _build_tarfs(source, options)
     if options.source_type.is_reference:
@@ -387,6 +403,8 @@ def _finish_separate(
             _written(stack, options.external_blob, BLOB_FILE_MODE, b"").commit()
         if own is not None:
             result.blob_path = outputs.commit(own.id, writer.file_name(own))
+        else:
+            outputs.commit_empty()
         result.bootstrap = main.commit(digest)
         if external is not None:
             result.external_bootstrap = external.commit()

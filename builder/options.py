@@ -215,10 +215,16 @@ def _check_sizes(options: BuildOptions) -> None:
         raise BuildError("--blob-offset is for blobs without tar headers")
 
 
-def _check_places(options: BuildOptions) -> None:
+def _check_kinds(options: BuildOptions) -> None:
     for directory in (options.blob_dir, options.blob_cache_dir):
         if directory is not None and not directory.is_dir():
             raise BuildError("directory to store blobs does not exist", path=directory)
+    for file in (options.blob, options.bootstrap, options.external_blob, options.blob_meta):
+        if file is not None and file.is_dir():
+            raise BuildError("is a directory", path=file)
+
+
+def _check_places(options: BuildOptions) -> None:
     if options.blob_cache_dir is not None:
         if options.blob is not None or options.blob_dir is not None or options.inline_bootstrap:
             raise BuildError("cache files are made instead of a blob")
@@ -243,6 +249,7 @@ def check_options(options: BuildOptions) -> None:
     if options.source_type.is_reference:
         _check_reference(options)
     _check_sizes(options)
+    _check_kinds(options)
     _check_places(options)
     if options.attributes is not None and options.source_type is not SourceType.DIRECTORY:
         _conflicts(options.source_type, {"--attributes": True})

@@ -67,7 +67,10 @@ def pattern_nodes(root: Node, patterns: Iterable[bytes]) -> list[Node]:
 def files_below(root: Node, patterns: Iterable[bytes]) -> list[Node]:
     """Return the regular files that patterns name or hold, by pattern, then in visiting order."""
     files = []
-    for node in pattern_nodes(root, patterns):
+    for pattern in patterns:
+        node = find_node(root, pattern)
+        if node is None:
+            continue
         if node.is_dir:
             files += [child for _, _, child in iter_names(node) if stat.S_ISREG(child.mode)]
         elif stat.S_ISREG(node.mode):

@@ -249,6 +249,47 @@ def test_bootstrap_that_cannot_be_written_leaves_no_blob(tmp_path):
     assert not list((tmp_path / "blobs").iterdir())
 
 
+@pytest.mark.parametrize("place", ["bootstrap", "blob"])
+def test_output_that_is_a_directory_leaves_nothing(tmp_path, place):
+    paths = {"bootstrap": tmp_path / "boot", "blob": tmp_path / "blob"}
+    paths[place].mkdir()
+    with pytest.raises(BuildError, match="is a directory"):
+        build(io.BytesIO(make_tar(**CONTENT)), BuildOptions(source_type=SourceType.TAR, **paths))
+    assert [path.name for path in tmp_path.rglob("*")] == [paths[place].name]
+
+
+def test_named_blob_without_data_is_an_empty_file(tmp_path):
+    """Callers go on with that name; the blob of an earlier build must not stay there."""
+    paths = {"bootstrap": tmp_path / "boot", "blob": tmp_path / "blob"}
+    for content in (b"old", b""):
+        build(io.BytesIO(make_tar(a=content)), BuildOptions(source_type=SourceType.TAR, **paths))
+    assert paths["blob"].read_bytes() == b""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blob", "boot"]
+
+
+@pytest.mark.parametrize("policy", [PrefetchPolicy.FS, PrefetchPolicy.BLOB])
+def test_files_to_prefetch_come_first_in_the_blob_of_a_directory(tmp_path, policy, caplog):
+    source = tmp_path / "source"
+    (source / "d").mkdir(parents=True)
+    for name in ("a", "b", "d/e"):
+        (source / name).write_text(name)
+    build(
+        source,
+        BuildOptions(
+            bootstrap=tmp_path / "boot", blob_dir=tmp_path, prefetch_policy=policy,
+            prefetch_patterns=[b"/d", b"/nothing", b"/b"],
+        ),
+    )  # fmt: skip
+    assert caplog.text.count("names nothing") == 1
+    with open_bootstrap(tmp_path / "boot") as image:
+        offsets = {
+            name: next(iter(image.lookup(name).file_chunks())).uncompressed_offset
+            for name in (b"/d/e", b"/b", b"/a")
+        }
+        assert list(offsets) == sorted(offsets, key=offsets.__getitem__)
+        assert bool(image.prefetch_nids) is (policy is PrefetchPolicy.FS)
+
+
 def test_device_that_is_full(tmp_path):
     with pytest.raises(BuildError, match=r"/dev/full: writing failed \(No space left"):
         build(

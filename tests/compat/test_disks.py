@@ -45,7 +45,7 @@ class _Defective(writer._Emitter):
     """Writes names in visiting order, and the whole target of a symlink behind its inode."""
 
     def emit_nodes(self):
-        plan = self.plan
+        plan = self.placed
         directories = {each.node.number: each for each in plan.directories}
         for _, _, node in iter_names(self.spec.root):
             number = node.number

@@ -47,7 +47,7 @@ def known_verdict(work_dir: Path) -> Transport | None:
             return None
         value = json.loads(content)
         transport, when = Transport(value["transport"]), float(value["when"])
-    except (OSError, CacheError, ValueError, TypeError, KeyError):
+    except (OSError, CacheError, ValueError, OverflowError, TypeError, KeyError):
         # Of another version, or nobody's business: what it says can be found out again.
         return None
     ways = candidates(Transport.AUTO)

@@ -118,7 +118,7 @@ class Answer(ABC):
         else:
             try:
                 moment = email.utils.parsedate_to_datetime(text)
-            except ValueError:
+            except (ValueError, OverflowError):
                 return None
             seconds = moment.timestamp() - time.time()
         return min(max(seconds, 0.0), _MAX_RETRY_AFTER)

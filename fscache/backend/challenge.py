@@ -96,7 +96,7 @@ def parse_token(body: bytes, now: float, chance: float) -> Token:
     life = values.get("expires_in")
     if isinstance(life, bool) or not isinstance(life, (int, float)) or not life > 0:
         life = DEFAULT_LIFE
-    life = min(float(life), MAX_LIFE)
+    life = float(min(life, MAX_LIFE))
     # A token of a few seconds keeps most of its life.
     ahead = min(RENEW_AHEAD, life / 4) + chance * min(life / 10, MAX_LEAD)
     identity = values.get("refresh_token")

@@ -37,6 +37,8 @@ WITHOUT_EFFECT = (
     "dragonfly_scheduler_endpoint",
 )
 
+_LARGEST = 1 << 63
+
 
 class ConfigError(NydusError):
     """A configuration that cannot be used; the text begins with the JSON path."""
@@ -74,7 +76,8 @@ class ConfigTable:
             return default
         # In JSON true is no number, though in Python it is.
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            # Not every one has a float, and none so large is within bounds.
+            value = float(max(-_LARGEST, min(value, _LARGEST)))
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ConfigError(f"{self._at(key)}: expected {_NAMES[kind]}, got {_kind(value)}")
         if isinstance(value, str) and not is_plain(value):

@@ -65,6 +65,7 @@ def test_long_challenges_end(size):
         (36000, 1.0, 36000 - 320.0, 36000.0),
         (4, 0.0, 3.0, 4.0),
         (1e300, 0.0, 2592000.0 - 20, 2592000.0),
+        (10**400, 0.0, 2592000.0 - 20, 2592000.0),
     ],
 )
 def test_when_a_token_is_renewed(life, chance, renew_at, expires_at):

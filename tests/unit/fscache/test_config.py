@@ -357,6 +357,7 @@ REGISTRY = {"host": "h", "repo": "r"}
         ("retry_limit", -1, "config.retry_limit: expected 0 to 255"),
         ("proxy", {"url": 3}, "config.proxy.url: expected text"),
         ("proxy", {"check_interval": 0}, "config.proxy.check_interval: expected seconds"),
+        ("proxy", {"check_interval": 10**400}, "config.proxy.check_interval: expected seconds"),
         ("mirrors", {}, "config.mirrors: expected a list"),
         ("mirrors", [{}], "config.mirrors[0].host: missing"),
         ("mirrors", [{"host": "h", "headers": {"a": 1}}], "mirrors[0].headers.a: expected text"),

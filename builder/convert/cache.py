@@ -8,7 +8,6 @@ without options, as the real tool writes them, are not used: nobody knows how th
 from __future__ import annotations
 
 import base64
-import binascii
 import fcntl
 import json
 import logging
@@ -145,7 +144,8 @@ class LayerRecords:
             self._new.append(record)
         try:
             text = base64.b64decode(record.annotations.get(media.CACHE_UNDESCRIBED, ""))
-        except binascii.Error as error:
+        # Of text that is not ASCII, a plain one.
+        except ValueError as error:
             raise ImageError("record of the cache is broken", blob=record.digest) from error
         paths = tuple(text.split(b"\0")[1:])
         marks = {key: text for key, text in record.annotations.items() if key in _KEPT}

@@ -74,19 +74,23 @@ class SessionSender:
     ) -> Answer:
         """Send one request; see `Sender.send`."""
         left = time_left(deadline, url)
-        settings = self._session.merge_environment_settings(
-            url, {}, True, self._verify or None, None
-        )
+        try:
+            settings = self._session.merge_environment_settings(
+                url, {}, True, self._verify or None, None
+            )
+            # Cookies would be one session's state shared by all threads; no registry needs them.
+            request = requests.Request(
+                method,
+                url,
+                headers={"User-Agent": _USER_AGENT, "Accept-Encoding": "identity", **headers},
+                data=body,
+                auth=_unchanged,
+            ).prepare()
+        except ValueError as error:
+            # Its text has the address, and all that is in it.
+            raise BackendError(f"address of {host_of(url)} is none") from error
         if not self._verify:
             settings["verify"] = False
-        # Cookies would be one session's state shared by all threads; no registry needs them.
-        request = requests.Request(
-            method,
-            url,
-            headers={"User-Agent": _USER_AGENT, "Accept-Encoding": "identity", **headers},
-            data=body,
-            auth=_unchanged,
-        ).prepare()
         try:
             response = self._session.send(
                 request,

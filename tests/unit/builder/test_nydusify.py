@@ -233,6 +233,19 @@ def test_conversion_that_was_killed_goes_on_with_its_layers(registry, run):
     assert _convert(run, *words).status == 0, "blobs that are gone are made again"
 
 
+def test_a_broken_record_is_told(run, tmp_path):
+    words = ("--build-cache-dir", "@records", "--no-proof")
+    assert _convert(run, *words).status == 0
+    path = tmp_path / "records" / "layers.json"
+    records = json.loads(path.read_text())
+    for record in records.values():
+        record["annotations"][media.CACHE_UNDESCRIBED] = "é"
+    path.write_text(json.dumps(records))
+    done = _convert(run, *words)
+    assert done.status == 1
+    assert "record of the cache is broken" in done.stderr
+
+
 def test_secrets_are_nowhere(registry, run, tmp_path, monkeypatch):
     registry.auth = "bearer"
     auth = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()

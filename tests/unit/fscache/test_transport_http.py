@@ -25,6 +25,7 @@ from fscache.backend.answer import failure
 from fscache.backend.base import BackendError, ShortRead, Unavailable
 from fscache.backend.pooled import pool_failure
 from fscache.backend.sender import TlsFailure, host_of
+from fscache.backend.session import SessionSender
 from fscache.backend.settings import NetworkConfig
 from fscache.backend.transport import Transport
 
@@ -208,6 +209,13 @@ def test_lengths_that_are_none(serve, lengths):
 def test_addresses_that_are_none(url):
     with pytest.raises(BackendError, match="is not an http"):
         Transport(NetworkConfig()).send("GET", url, {}, soon())
+
+
+@pytest.mark.parametrize("url", ["http://h:99999/x?word=secret", "http://[::1/x?word=secret"])
+def test_addresses_that_are_none_for_requests(url):
+    with pytest.raises(BackendError, match="is none") as caught:
+        SessionSender(NetworkConfig()).send("GET", url, {}, soon())
+    assert "secret" not in str(caught.value)
 
 
 def test_targets_are_escaped_once(serve):

@@ -14,6 +14,7 @@ __all__ = [
     "BlobPlaces",
     "blob_directory",
     "blob_file",
+    "config_text",
     "configured_backend",
     "daemon_backend",
 ]
@@ -73,6 +74,16 @@ def configured_backend(kind: str, text: str | bytes) -> Backend:
     return open_backend(backend_config(kind, ConfigTable(values, "backend.config"), place))
 
 
+def config_text(path: Path) -> str:
+    """Return the text of a configuration of nydusd; raise `ConfigError`."""
+    from fscache.backend.table import ConfigError
+
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read ({error})", path=path) from error
+
+
 def daemon_backend(path: Path) -> BackendConfig:
     """Return the backend that a configuration of nydusd names, of version 1 or 2.
 
@@ -85,11 +96,9 @@ def daemon_backend(path: Path) -> BackendConfig:
     from fscache.decode import decode_text, version1, version2
 
     try:
-        value = decode_text(path.read_text("utf-8"))
+        value = decode_text(config_text(path))
         table = ConfigTable(value, "")
         config = version2(table) if "version" in value else version1(table)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read ({error})", path=path) from error
     except ConfigError as error:
         error.add_context(path=path)
         raise

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from builder.backends import blob_directory
+from builder.backends import blob_directory, config_text
 from builder.cli.common import add_output_json, number
 from builder.errors import BuildError
 from builder.export import ExportOptions, ExportResult, VerityOptions, export_block
@@ -174,7 +174,7 @@ def _source(arguments: argparse.Namespace) -> tuple[Path, Path, Backend]:
         # Imported here: it decodes whole daemon configurations, which nearly nobody gives.
         from fscache.blobentry import parse_blob_entry
 
-        entry = parse_blob_entry(arguments.config.read_text("utf-8"))
+        entry = parse_blob_entry(config_text(arguments.config))
         if entry.metadata_path is None:
             raise BuildError("configuration without metadata_path", path=arguments.config)
         return entry.metadata_path, output, open_backend(entry.config.backend)

@@ -70,7 +70,7 @@ class _Report:
         if self._path is None or not self._path.exists():
             return set()
         found = set()
-        for row in self._path.read_text("utf-8").splitlines():
+        for row in self._path.read_text("utf-8", "replace").splitlines():
             try:
                 value = json.loads(row)
                 if value["status"] == "done":
@@ -143,7 +143,10 @@ def _note(report: _Report, line: Line, future: Future[dict[str, Any]]) -> None:
 def convert_list(values: Values, environment: Mapping[str, str]) -> int:
     """Convert all images of the list that are not done; return 1 when one of them fails."""
     path = Path(values.text("source-file"))
-    lines = parse_list(path.read_text("utf-8"), values.text("target-suffix"))
+    try:
+        lines = parse_list(path.read_text("utf-8"), values.text("target-suffix"))
+    except UnicodeDecodeError as error:
+        raise ImageError("list of images is not UTF-8", path=path) from error
     report = _Report(Path(values.text("report")) if values.text("report") else None)
     known = report.done()
     left = [line for line in lines if line not in known]

@@ -49,9 +49,10 @@ def store_values(values: Values, prefix: str) -> StoreValues | None:
         return None
     if kind not in STORES:
         raise UsageError(f"--{prefix}-type should be one of [{' '.join(STORES)}]")
-    text, file = values.text(f"{prefix}-config"), f"{prefix}-config-file"
+    text: str | bytes = values.text(f"{prefix}-config")
+    file = f"{prefix}-config-file"
     if not text and file in values.values and values.text(file):
-        text = Path(values.text(file)).read_text("utf-8")
+        text = Path(values.text(file)).read_bytes()
     if not text:
         raise UsageError(
             f"backend configuration is empty, please specify option '--{prefix}-config'"

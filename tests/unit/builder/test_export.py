@@ -413,6 +413,7 @@ def test_command_with_a_blob_entry(tmp_path):
         (["-B", "BOOT", "-D", "DIR", "--threads", "0"], 2, "1..=32"),
         (["-B", "BOOT", "-D", "DIR", "--threads", "33"], 2, "1..=32"),
         (["-B", "BOOT", "-D", "DIR", "--verity-padding", "ones"], 2, "ones"),
+        (["-C", "BOOT", "-O", "DIR/d"], 1, "cannot be read"),
         (["-C", "DIR/none", "-O", "DIR/d"], 1, "No such file"),
         (["-C", "BOOT"], 2, "--output"),
     ],

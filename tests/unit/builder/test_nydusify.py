@@ -451,6 +451,24 @@ def test_list_that_is_none(run, tmp_path, text):
     assert "line 1 is not SOURCE TARGET" in done.last
 
 
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--source-file", "@file"), "list of images is not UTF-8"),
+        (
+            ("--source", ":app:v1", "--target", ":out:n", "--backend-type", "oss",
+             "--backend-config-file", "@file"),
+            "backend configuration is not a JSON object",
+        ),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_text(run, tmp_path, words, text):
+    (tmp_path / "file").write_bytes(b"\xff\xfe")
+    done = run("convert", *words)
+    assert done.status == 1
+    assert text in done.last
+
+
 def test_list_over_a_cluster(registry, run, tmp_path):
     """Dask's local cluster; the extra is not among what tests need."""
     pytest.importorskip("distributed", reason="the extra `cluster` is not installed")

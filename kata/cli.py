@@ -145,6 +145,7 @@ def _bundle(arguments: argparse.Namespace) -> None:
     # Imported here: it brings the whole builder along.
     from builder.nydusify.places import Places
     from builder.oci.names import parse_platforms
+    from builder.termination import terminable
     from kata.bundle import BundleOptions, make_bundle
 
     platforms = parse_platforms(arguments.platform)
@@ -152,7 +153,7 @@ def _bundle(arguments: argparse.Namespace) -> None:
         raise OptionError("--platform", expected="one", got=len(platforms))
     options = BundleOptions(arguments.reference, platforms[0], arguments.place)
     text = arguments.source
-    with ExitStack() as stack:
+    with terminable(), ExitStack() as stack:
         # What looks like a path is one, also when it is not there.
         is_path = text.startswith(("/", ".")) or os.path.lexists(text)
         source = Path(text) if is_path else Places(os.environ, stack).source(text, insecure=False)
@@ -228,6 +229,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has seen enough; what is left in the buffer goes nowhere.
         sys.stdout = None
         return 1
+    except KeyboardInterrupt as stop:
+        from builder.termination import exit_status
+
+        print("Error: interrupted, nothing was left behind", file=sys.stderr)
+        return exit_status(stop)
     return 0
 
 

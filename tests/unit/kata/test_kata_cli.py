@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -33,6 +35,19 @@ CONFIG = json.dumps(
         "retry": 5,
     }
 )
+# A bundle that is in the making when a signal comes.
+ENDED = """
+import os, sys, time
+import kata.bundle
+from kata.cli import main
+
+def make_bundle(*words):
+    os.kill(os.getpid(), int(sys.argv[1]))
+    time.sleep(60)
+
+kata.bundle.make_bundle = make_bundle
+sys.exit(main(["bundle", ".", "-o", "x"]))
+"""
 ROOT = "823d4c80eb7d242c0b2fd2bb72b7c5f84e3f333e4ecc8f4fbc8b624dd138f153"
 
 
@@ -231,3 +246,11 @@ def test_files(capsys, tmp_path, option):
     assert run("check", str(tmp_path / "mounts")) == 0
     capsys.readouterr()
     assert "No such file" in assert_one_line(capsys, run("check", str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_bundle_that_is_ended(number, tmp_path):
+    words = [sys.executable, "-c", ENDED, str(int(number))]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 128 + number
+    assert (done.stdout, done.stderr) == (b"", b"Error: interrupted, nothing was left behind\n")

@@ -21,7 +21,7 @@ DEVICE = Path("/dev/cachefiles")
 
 _PAUSE_SECONDS = 0.05
 _OPEN_HINTS = {
-    errno.ENOENT: "not available on this kernel: Linux 5.19 to 7.2 have it, by the module"
+    errno.ENOENT: "not available on this kernel: Linux 5.19 to 7.1 have it, by the module"
     " cachefiles, where CONFIG_CACHEFILES_ONDEMAND is set",
     errno.EBUSY: "another process has it: cachefilesd (systemctl disable --now cachefilesd), or"
     " another nydusd, or its holder",

@@ -23,6 +23,7 @@ from fscache import kernel
 from fscache.channel import ChannelError, ReadRequest, Reply
 from fscache.channel.fanotify import FanotifyChannel, open_group
 from fscache.mounts.mount import create_mount
+from fscache.mounts.mountinfo import mounts
 from fscache.probe_image import BLOB_SIZE, FILE_NAME, build_probe_image
 from fscache.store import ServeDirectory
 
@@ -55,16 +56,15 @@ class Finding(NamedTuple):
 
 
 def filesystem_type(path: Path) -> str:
-    """Return the type of the file system that holds `path`, from mountinfo."""
-    target = os.path.realpath(path)
-    best, kind = "", "unknown"
-    for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
-        fields, _, tail = line.partition(" - ")
-        mountpoint = fields.split()[4].replace("\\040", " ")
-        inside = target == mountpoint or target.startswith(mountpoint.rstrip("/") + "/")
+    """Return the type of the file system that holds `path`."""
+    target = os.fsencode(os.path.realpath(path))
+    best, kind = b"", "unknown"
+    for line in mounts():
+        mountpoint = line.mountpoint
+        inside = target == mountpoint or target.startswith(mountpoint.rstrip(b"/") + b"/")
         # `>=`: of two mounts on one place the later one is on top.
         if inside and len(mountpoint) >= len(best):
-            best, kind = mountpoint, tail.split()[0]
+            best, kind = mountpoint, line.kind
     return "overlayfs" if kind == "overlay" else kind
 
 

@@ -19,11 +19,11 @@ from fscache.cachefiles.errors import CachefilesError, CachefilesMissing
 from fscache.cachefiles.images import KIND, KernelImages
 from fscache.cachefiles.support import (
     dead_mounts,
-    read_mountinfo,
     require_fscache_mounts,
     unsafe_kernel,
 )
 from fscache.holder.link import HolderLink, Inheritance
+from fscache.mounts.mountinfo import mounts
 from fscache.record import KERNEL_CACHE
 
 __all__ = ["CacheOptions", "KernelService"]
@@ -116,7 +116,7 @@ class KernelService:
                 "this kernel has no 'restore' (Linux 6.8): when nydusd ends or is killed, mounts"
                 " are dead"
             )
-        for place in dead_mounts(read_mountinfo()):
+        for place in dead_mounts(mounts()):
             logger.error(
                 "%s is the dead mount of an earlier daemon: unmount it and mount it again", place
             )

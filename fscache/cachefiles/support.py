@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+from collections.abc import Iterable
 
 from fscache import kernel
 from fscache.cachefiles.errors import CachefilesMissing
+from fscache.mounts.mountinfo import MountLine
 
 __all__ = ["dead_mounts", "require_fscache_mounts", "takes_fsid", "unsafe_kernel"]
 
-_MOUNTINFO = Path("/proc/self/mountinfo")
 _RELEASE = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
-_OCTAL = re.compile(r"\\([0-7]{3})")
 # From the stable releases of autumn 2024 on all that is listed in spec 6.2 is mended.
 _SAFE = ((6, 6, 51), (6, 11, 0))
 
@@ -72,23 +71,15 @@ def unsafe_kernel(release: str, version: str) -> str:
     )
 
 
-def dead_mounts(mountinfo: str) -> list[str]:
+def dead_mounts(mounts: Iterable[MountLine]) -> list[str]:
     """Return where file systems over fscache are mounted.
 
     When a cache is bound anew, these were another one's, and dead: no cache comes to life again
     (spec 2.8).
     """
-    found = []
-    for line in mountinfo.splitlines():
-        fields, _, rest = line.partition(" - ")
-        kind, _, options = rest.partition(" ")
-        words = options.rpartition(" ")[2].split(",")
-        if kind == "erofs" and any(word.startswith("fsid=") for word in words):
-            place = fields.split(" ")[4]
-            found.append(_OCTAL.sub(lambda match: chr(int(match[1], 8)), place))
-    return found
-
-
-def read_mountinfo() -> str:
-    """Return the mounts that this process sees."""
-    return _MOUNTINFO.read_text(errors="surrogateescape")
+    return [
+        os.fsdecode(line.mountpoint)
+        for line in mounts
+        if line.kind == "erofs"
+        and any(word.startswith(b"fsid=") for word in line.options.split(b","))
+    ]

@@ -1,6 +1,7 @@
-"""Mounts that hold no image: the private tmpfs that images hang below, bind mounts, and mountinfo.
+"""Mounts that hold no image, and what is mounted at a place.
 
-Overlays are in `fscache.mounts.overlay`.
+That is the private tmpfs that images hang below, and bind mounts; overlays are in
+`fscache.mounts.overlay`.
 """
 
 from __future__ import annotations
@@ -8,15 +9,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import stat
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 from fscache import kernel
 from fscache.mounts.mount import MountBusy, MountError
+from fscache.mounts.mountinfo import MountLine, mounts
 
 __all__ = [
     "MOUNT_SOURCE",
@@ -142,35 +142,18 @@ class Mounted(NamedTuple):
     source: str
 
 
-class _Line(NamedTuple):
-    id: bytes
-    parent: bytes
-    mountpoint: bytes
-    device: int
-    mounted: Mounted
-
-
-def _mountinfo() -> Iterator[_Line]:
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        head, _, tail = line.partition(b" - ")
-        fields, (kind, source) = head.split(), tail.split()[:2]
-        mounted = Mounted(os.fsdecode(kind), os.fsdecode(_unescape(source)))
-        device = os.makedev(*map(int, fields[2].split(b":")))
-        yield _Line(fields[0], fields[1], _unescape(fields[4]), device, mounted)
-
-
-def _top_line(path: Path) -> _Line | None:
+def _top_line(path: Path) -> MountLine | None:
     target = os.fsencode(os.path.realpath(path))
-    here = {line.id: line for line in _mountinfo() if line.mountpoint == target}
+    here = {line.id: line for line in mounts() if line.mountpoint == target}
     # Nothing at this place has the top one as its parent; mounts beneath may come later.
     parents = {line.parent for line in here.values()}
     return next((line for line in here.values() if line.id not in parents), None)
 
 
 def mounted_at(path: Path) -> Mounted | None:
-    """Return what is on top of the mounts right at a path, from mountinfo; None for no mount."""
+    """Return what is on top of the mounts right at a path; None for no mount."""
     line = _top_line(path)
-    return line.mounted if line else None
+    return Mounted(line.kind, line.source) if line else None
 
 
 def device_at(path: Path) -> int | None:
@@ -220,11 +203,6 @@ def mounted_below(path: Path) -> list[tuple[bytes, ...]]:
     prefix = top.mountpoint.rstrip(b"/") + b"/"
     return [
         tuple(line.mountpoint.removeprefix(prefix).split(b"/"))
-        for line in _mountinfo()
+        for line in mounts()
         if line.parent == top.id and line.mountpoint.startswith(prefix)
     ]
-
-
-def _unescape(field: bytes) -> bytes:
-    """Undo the octal escapes of mountinfo."""
-    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8) & 0xFF]), field)

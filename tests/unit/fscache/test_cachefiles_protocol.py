@@ -25,6 +25,7 @@ from fscache.cachefiles.protocol import (
     parse_message,
 )
 from fscache.cachefiles.support import dead_mounts, unsafe_kernel
+from fscache.mounts.mountinfo import parse_mountinfo
 from fscache.protocol import ProtocolError
 
 # Of spec ondemand 1.6, the first one as a kernel sent it.
@@ -182,4 +183,5 @@ def test_dead_mounts():
         "91 1 0:51 / /mnt/c ro - erofs none ro,user_xattr,domain_id=d,fsid=y",
         "92 1 0:52 / /mnt/d ro - erofs /boot ro,user_xattr",
     ]
-    assert dead_mounts("\n".join(lines)) == ["/mnt/a b", "/mnt/c"]
+    found = parse_mountinfo("\n".join(lines).encode())
+    assert dead_mounts(found) == ["/mnt/a b", "/mnt/c"]

@@ -6,6 +6,7 @@ import logging
 import stat
 from collections.abc import Iterable
 from enum import StrEnum
+from itertools import accumulate
 
 from erofs import Node
 from erofs.tree import iter_names
@@ -25,7 +26,8 @@ class PrefetchPolicy(StrEnum):
 
 def parse_patterns(lines: Iterable[bytes]) -> list[bytes]:
     """Return absolute paths in order, without those below an earlier one."""
-    patterns: list[bytes] = []
+    # In order; the root is empty here.
+    chosen: dict[bytes, None] = {}
     for line in lines:
         text = line.strip()
         if not text:
@@ -33,14 +35,11 @@ def parse_patterns(lines: Iterable[bytes]) -> list[bytes]:
         if not text.startswith(b"/"):
             logger.warning("prefetch pattern %r is not absolute, left out", text)
             continue
-        path = b"/" + b"/".join(part for part in text.split(b"/") if part)
-        if not any(path == above or path.startswith(_prefix(above)) for above in patterns):
-            patterns.append(path)
-    return patterns
-
-
-def _prefix(path: bytes) -> bytes:
-    return path if path == b"/" else path + b"/"
+        parts = (b"/" + part for part in text.split(b"/") if part)
+        *above, path = accumulate(parts, initial=b"")
+        if path not in chosen and chosen.keys().isdisjoint(above):
+            chosen[path] = None
+    return [path or b"/" for path in chosen]
 
 
 def find_node(root: Node, path: bytes) -> Node | None:

@@ -53,7 +53,8 @@ def number(text: str) -> int:
 
 def read_patterns() -> list[bytes]:
     """Read prefetch patterns, one a line, from standard input."""
-    return sys.stdin.buffer.read().splitlines()
+    # A name may hold what else ends lines.
+    return sys.stdin.buffer.read().split(b"\n")
 
 
 def add_bootstrap_arguments(parser: CommandParser) -> None:

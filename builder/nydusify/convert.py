@@ -323,7 +323,7 @@ def _patterns(values: Values) -> tuple[bytes, ...]:
     if values.text("prefetch-dir"):
         return (values.text("prefetch-dir").encode("utf-8", "surrogateescape"),)
     if values.flag("prefetch-patterns"):
-        lines = [line for line in sys.stdin.buffer.read().splitlines() if line.strip()]
+        lines = [line for line in sys.stdin.buffer.read().split(b"\n") if line.strip()]
         return tuple(lines) or (b"/",)
     return (b"/",)
 

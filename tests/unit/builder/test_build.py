@@ -21,6 +21,7 @@ from builder import (
     merge,
 )
 from builder.cli import main
+from builder.cli.common import read_patterns
 from builder.merge import InconsistentLayers
 from builder.prefetch import parse_patterns
 from erofs import FormatError, digest, open_bootstrap
@@ -371,3 +372,10 @@ def test_patterns():
     lines = [b" /a ", b"", b"relative", b"/a/b", b"/ab", b"//c//d/", b"/a"]
     assert parse_patterns(lines) == [b"/a", b"/ab", b"/c/d"]
     assert parse_patterns([b"/", b"/x"]) == [b"/"]
+    assert parse_patterns([b"/x/y", b"/x", b"/", b"/z"]) == [b"/x/y", b"/x", b"/"]
+
+
+def test_patterns_of_standard_input(monkeypatch):
+    text = b"/a\rb\n\n/c\x0bd\r\n/e"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+    assert parse_patterns(read_patterns()) == [b"/a\rb", b"/c\x0bd", b"/e"]

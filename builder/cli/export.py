@@ -53,6 +53,11 @@ def add_words(parser: CommandParser) -> None:
         "-O", "--output", metavar="<output>", type=Path,
         help="File path for saving the exported content",
     )  # fmt: skip
+    _add_verity(parser)
+    add_output_json(parser)
+
+
+def _add_verity(parser: CommandParser) -> None:
     parser.add_argument(
         "--verity", action="store_true", help="Generate dm-verity data for block device"
     )
@@ -77,7 +82,6 @@ def add_words(parser: CommandParser) -> None:
         help="OCI layout with the image, to write root hash and signature into as its referrer;"
         " needs --verity; without a name the only image",
     )  # fmt: skip
-    add_output_json(parser)
 
 
 def _threads(text: str) -> int:

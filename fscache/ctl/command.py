@@ -94,9 +94,18 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         help="Print version",
     )  # fmt: skip
     commands = parser.add_subparsers(title="Commands", dest="command", metavar="<COMMAND>")
+    _add_commands(commands, common)
+    asking = commands.add_parser(
+        "help", help="Print this message or the help of the given subcommand(s)",
+        usage="nydusctl help [COMMAND]",
+    )  # fmt: skip
+    asking.add_argument("topic", nargs="?", choices=list(commands.choices), metavar="<COMMAND>")
+    return parser, dict(commands.choices)
 
+
+def _add_commands(commands: argparse._SubParsersAction[_Parser], common: _Parser) -> None:
     def add(name: str, about: str, usage: str, epilog: str | None = None) -> _Parser:
-        added: _Parser = commands.add_parser(
+        added = commands.add_parser(
             name, help=about, description=about, usage=f"nydusctl --sock <sock> {usage}",
             parents=[common], epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -133,12 +142,6 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     umount.add_argument(
         "-m", "--mountpoint", metavar="<mountpoint>", help="Mountpoint of the filesystem instance"
     )
-    asking = commands.add_parser(
-        "help", help="Print this message or the help of the given subcommand(s)",
-        usage="nydusctl help [COMMAND]",
-    )  # fmt: skip
-    asking.add_argument("topic", nargs="?", choices=list(commands.choices), metavar="<COMMAND>")
-    return parser, dict(commands.choices)
 
 
 def _add_metrics(parser: _Parser) -> None:

@@ -26,6 +26,28 @@ CREATE TABLE IF NOT EXISTS blob (
     blob_meta_ci_uncompressed_size INT, blob_meta_ci_offset INT
 );
 """
+# Rows of earlier runs may be anybody's, and SQLite does not insist on declared types. Digests are
+# decoded when they are chosen.
+_BROKEN_ROWS = """
+SELECT 1 FROM chunk WHERE NOT (
+    typeof(image_reference) = 'text' AND typeof(version) = 'text'
+    AND typeof(chunk_blob_id) = 'text' AND typeof(chunk_digest) = 'text'
+    AND typeof(chunk_crc32) = 'integer' AND chunk_crc32 BETWEEN 0 AND 4294967295
+    AND typeof(chunk_compressed_size) = 'integer'
+    AND chunk_compressed_size BETWEEN 0 AND 4294967295
+    AND typeof(chunk_uncompressed_size) = 'integer'
+    AND chunk_uncompressed_size BETWEEN 0 AND 4294967295
+    AND typeof(chunk_compressed_offset) = 'integer' AND chunk_compressed_offset >= 0
+    AND typeof(chunk_uncompressed_offset) = 'integer' AND chunk_uncompressed_offset >= 0)
+UNION ALL SELECT 1 FROM blob WHERE NOT (
+    typeof(blob_id) = 'text' AND typeof(blob_compressor) = 'text'
+    AND typeof(blob_compressed_size) = 'integer' AND blob_compressed_size >= 0
+    AND typeof(blob_uncompressed_size) = 'integer' AND blob_uncompressed_size >= 0
+    AND typeof(blob_meta_ci_compressed_size) = 'integer' AND blob_meta_ci_compressed_size >= 0
+    AND typeof(blob_meta_ci_uncompressed_size) = 'integer' AND blob_meta_ci_uncompressed_size >= 0
+    AND typeof(blob_meta_ci_offset) = 'integer' AND blob_meta_ci_offset >= 0)
+LIMIT 1
+"""
 _MEMORY = ":memory:"
 
 
@@ -112,6 +134,9 @@ class ChunkDatabase:
         with _errors(path):
             self._connection = sqlite3.connect(path)
             self._connection.executescript(_SCHEMA)
+            broken = self._connection.execute(_BROKEN_ROWS).fetchone()
+        if broken is not None:
+            raise BuildError("database has a row that is neither a chunk nor a blob", path=path)
 
     def add(self, blobs: Iterable[BlobRow], chunks: Iterable[ChunkRow]) -> None:
         """Add the rows of one image."""

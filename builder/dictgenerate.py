@@ -19,6 +19,7 @@ from builder.listing import log_features
 from builder.options import BuildResult
 from builder.report import COMPRESSOR_NAMES
 from erofs import Bootstrap, BootstrapSpec, Chunk, Node, write_bootstrap
+from erofs.blobmeta import DIGEST_SIZE
 from erofs.layout import BLOCK_SIZE
 from erofs.rafs import BlobEntry, BlobFeatures, ChunkFlags, Compressor, Digester
 
@@ -126,6 +127,17 @@ def _chunk_rows(
             stack += [node.children[child] for child in sorted(node.children, reverse=True)]
 
 
+def _digest(row: ChunkRow) -> bytes:
+    """Return the digest in a row, which an earlier run may not have written."""
+    try:
+        digest = bytes.fromhex(row.digest)
+    except ValueError:
+        digest = b""
+    if len(digest) != DIGEST_SIZE:
+        raise BuildError("database has a chunk without a digest", blob=row.blob_id)
+    return digest
+
+
 def _completed(database: ChunkDatabase, chosen: Iterable[ChunkRow]) -> list[ChunkRow]:
     """Return all chunks of the blobs that have chosen ones, each once, sorted by place."""
     rows: list[ChunkRow] = []
@@ -152,7 +164,7 @@ class _Writer:
         self.file = Node(_FILE_MODE)
 
     def add(self, row: ChunkRow) -> None:
-        """Append a chunk to the file."""
+        """Append a chunk to the file; raise `BuildError`."""
         blob = self._blobs.get(row.blob_id) or self._entry(row.blob_id)
         index = blob.chunk_count
         self._blobs[row.blob_id] = blob._replace(chunk_count=index + 1)
@@ -162,7 +174,7 @@ class _Writer:
             flags |= ChunkFlags.COMPRESSED
         self.file.chunks.append(
             Chunk(
-                digest=bytes.fromhex(row.digest),
+                digest=_digest(row),
                 blob_index=blob.blob_index,
                 flags=flags,
                 compressed_size=row.compressed_size,

@@ -311,7 +311,7 @@ def add_and_fail(path, blob, chunks):
 def test_database_keeps_rows(tmp_path):
     path = str(tmp_path / "chunks.db")
     blob = BlobRow("b", 1, 2, "zstd", 3, 4, 5)
-    chunks = [row("i", "1", "x"), row("i", "1", "y")]
+    chunks = [row("i", "1", "0a" * 32), row("i", "1", "f9" * 32)]
     with ChunkDatabase(path) as database:
         database.add([blob], chunks)
     with pytest.raises(KeyError):
@@ -327,6 +327,23 @@ def test_database_keeps_rows(tmp_path):
         ChunkDatabase(path)
     with pytest.raises(BuildError, match="database failed"):
         ChunkDatabase(str(tmp_path / "no" / "directory"))
+
+
+@pytest.mark.parametrize("change", [
+    "chunk SET chunk_digest = NULL", "chunk SET image_reference = NULL",
+    "chunk SET chunk_compressed_size = 'few'", "chunk SET chunk_uncompressed_size = 1 << 32",
+    "chunk SET chunk_uncompressed_offset = 1.5", "chunk SET chunk_compressed_offset = -1",
+    "blob SET blob_compressor = NULL", "blob SET blob_meta_ci_offset = -1",
+])  # fmt: skip
+def test_database_with_a_row_that_is_none(change, tmp_path):
+    path = str(tmp_path / "chunks.db")
+    with ChunkDatabase(path) as database:
+        database.add([BlobRow("b", 1, 2, "zstd", 3, 4, 5)], [row("i", "1", "0a" * 32)])
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"UPDATE {change}")
+    with pytest.raises(BuildError, match="neither a chunk nor a blob") as caught:
+        ChunkDatabase(path)
+    assert caught.value.where["path"] == path
 
 
 def generation(tmp_path, count=4, **changes):
@@ -374,6 +391,19 @@ def test_chunks_of_earlier_runs_count(tmp_path):
     assert count == 4
     with open_bootstrap(tmp_path / "dict") as image:
         assert list(check_image(image)) == []
+
+
+@pytest.mark.parametrize("text", ["no digest", "0a", "0g" * 32])
+def test_chunks_of_earlier_runs_without_a_digest(text, tmp_path):
+    sources = generation(tmp_path)
+    options = DictionaryOptions(str(tmp_path / "chunks.db"), tmp_path / "dict")
+    generate_dictionary(sources[:-1], options)
+    (tmp_path / "dict").unlink()
+    with sqlite3.connect(tmp_path / "chunks.db") as connection:
+        connection.execute("UPDATE chunk SET chunk_digest = ?", [text])
+    with pytest.raises(BuildError, match="without a digest"):
+        generate_dictionary(sources[-1:], options)
+    assert not (tmp_path / "dict").exists()
 
 
 def test_sources_that_cannot_be_in_a_dictionary(tmp_path):

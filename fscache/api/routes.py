@@ -21,7 +21,7 @@ from fscache.api.routes_metrics import (
     metrics,
     pattern,
 )
-from fscache.backend.settings import Credentials
+from fscache.backend.settings import Credentials, RegistryConfig
 from fscache.backend.table import is_plain
 from fscache.config import DaemonConfig, parse_config
 from fscache.entry import Entry
@@ -41,10 +41,14 @@ _HIDDEN = "<hidden>"
 def _mounted(entry: Entry) -> dict[str, object]:
     moment = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry.mounted_at))
     nanos = int(entry.mounted_at % 1 * 1e9)
+    # Imported here: a client asks for the first time while nothing is mounted.
+    from fscache.api.shown import shown_config
+
     return {
         "backend_type": "Rafs" if entry.is_image else "PassthroughFs",
         "mountpoint": entry.path,
         "mounted_time": f"{moment}.{nanos:09d} +00:00:00",
+        "config": shown_config(entry.image.config) if entry.image is not None else None,
     }
 
 
@@ -144,8 +148,14 @@ def _umount(daemon: NodeDaemon, request: Request) -> Answer:
 
 
 def _get_config(daemon: NodeDaemon, request: Request) -> Answer:
-    """Tell what was replaced, without the secret: the original shows it in clear."""
-    return Answer(HTTPStatus.OK, {"registry_auth": _HIDDEN} if daemon.credentials_replaced else {})
+    """Tell that there are credentials, without the secret: the original shows it in clear."""
+    known = daemon.credentials_replaced or any(map(_has_credentials, daemon.entries()))
+    return Answer(HTTPStatus.OK, {"registry_auth": _HIDDEN} if known else {})
+
+
+def _has_credentials(entry: Entry) -> bool:
+    backend = entry.image.config.backend if entry.image is not None else None
+    return isinstance(backend, RegistryConfig) and backend.credentials is not None
 
 
 def _put_config(daemon: NodeDaemon, request: Request) -> Answer:

@@ -38,6 +38,7 @@ from fscache.cli.words import (
     files,
     megabytes,
     missing,
+    takes_value,
     threads,
 )
 from fscache.config import ConfigError
@@ -457,11 +458,9 @@ def _with_command(words: list[str]) -> list[str]:
         return [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help", "-V", "--version") or not words[0].startswith("-"):
         return words
-    for command in _COMMANDS:
-        if command in words:
-            rest = list(words)
-            rest.remove(command)
-            return [command, *rest]
+    for number, word in enumerate(words):
+        if word in _COMMANDS and not takes_value(words[number - 1]):
+            return [word, *words[:number], *words[number + 1 :]]
     return ["fuse", *words]
 
 

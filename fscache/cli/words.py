@@ -21,11 +21,17 @@ __all__ = [
     "files",
     "megabytes",
     "missing",
+    "takes_value",
     "threads",
     "virtual_path",
 ]
 
 
+# Options without a value, of all sub-commands.
+_SWITCHES = frozenset({
+    "--announce-submounts", "--directio", "--eager", "--help", "--hybrid-mode", "--json",
+    "--upgrade", "--version", "--writable", "-V", "-h",
+})  # fmt: skip
 _FAILOVER_POLICIES = ("none", "resend", "flush")
 # More are no number that the kernel takes, nor `int`.
 _DIGITS = 16
@@ -76,6 +82,14 @@ def virtual_path(text: str) -> str:
         return "/" + "/".join(map(os.fsdecode, split(text)))
     except NydusError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def takes_value(option: str) -> bool:
+    """Return whether the word behind this one is its value, for an option of any sub-command."""
+    if option.startswith("--"):
+        return "=" not in option and option not in _SWITCHES
+    # A short one has its value with it, or behind it.
+    return option.startswith("-") and len(option) == 2 and option not in _SWITCHES
 
 
 def conflict(parser: CommandParser, one: str, other: str) -> NoReturn:

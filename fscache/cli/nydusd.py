@@ -468,7 +468,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     words = _with_command(list(sys.argv[1:] if argv is None else argv))
     parser = _parser(words[0] if words and words[0] in _COMMANDS else None)
-    arguments = parser.parse_args(words)
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        getattr(arguments, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     arguments.words = words
     if arguments.version:
         print_version("nydusd")

@@ -95,7 +95,7 @@ OK = ("erofs", "-B", "boot", "-M", "mnt", "-C", "config.json")
         (("-B", "boot", "-M", "mnt", "-s", ".", "-D", "."), "cannot be used with '--shared-dir"),
         ((*OK, "-D", "blobs"), "cannot be used with '--localfs-dir"),
         ((*OK, "extra"), "unrecognized arguments: extra"),
-        ((*OK, "--eage"), "unrecognized arguments: --eage"),
+        ((*OK, "--eage"), "unrecognized arguments: --eage\n\nUsage: nydusd erofs "),
         ((*OK, "-l", "loud"), "invalid choice: 'loud'"),
         ((*OK, "-A"), "expected one argument"),
         ((*OK, "--rlimit-nofile", "-5"), "expected a number of files, got '-5'"),

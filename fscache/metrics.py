@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_left, bisect_right
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ __all__ = [
     "CacheMetrics",
     "ReadCounts",
     "ReadMetrics",
+    "WaitingRead",
     "of_reads",
     "size_class",
 ]
@@ -24,6 +26,13 @@ SIZE_CLASSES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 <<
 LATENCY_SECONDS = (0.0002, 0.001, 0.02, 0.05, 0.5, 1.0, 2.0)
 _OPERATIONS = 15
 _READ = 4
+
+
+class WaitingRead(NamedTuple):
+    """A read that has no answer yet: since when by the monotonic clock, of which data file."""
+
+    since: float
+    inode: int
 
 
 class ReadCounts(NamedTuple):
@@ -54,14 +63,29 @@ class ReadMetrics:
     itself.
     """
 
+    # Of all images of the process: a number is given once.
+    _numbers = count()
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._waiting: dict[int, WaitingRead] = {}
         self._bytes = self._wanted = self._errors = self._micros = 0
         self._sizes = [0] * 8
         self._latencies = [0] * 8
 
-    def count(self, length: int, seconds: float, *, failed: bool) -> None:
-        """Count one answered request."""
+    def begin(self, since: float, inode: int) -> int:
+        """Note a request that waits from now on; return its number, for `end`."""
+        number = next(self._numbers)
+        self._waiting[number] = WaitingRead(since, inode)
+        return number
+
+    def waiting(self) -> dict[int, WaitingRead]:
+        """Return the requests that have no answer yet, by their numbers."""
+        return self._waiting.copy()
+
+    def end(self, number: int, length: int, seconds: float, *, failed: bool) -> None:
+        """Count an answered request."""
+        self._waiting.pop(number, None)
         with self._lock:
             self._sizes[size_class(length)] += 1
             self._latencies[bisect_left(LATENCY_SECONDS, seconds)] += 1

@@ -18,6 +18,7 @@ from fscache.api.routes_metrics import (
     backend_metrics,
     cache_metrics,
     file_metrics,
+    inflight,
     metrics,
     pattern,
 )
@@ -207,10 +208,6 @@ def _superblock(daemon: NodeDaemon, request: Request) -> Answer:
         )
 
 
-def _nothing(daemon: NodeDaemon, request: Request) -> Answer:
-    return DONE
-
-
 def _prometheus(daemon: NodeDaemon, request: Request) -> Answer:
     # Imported here: the clients that start daemons ask for the other metrics.
     from fscache.api.exposition import exposition
@@ -257,7 +254,7 @@ _ROUTER = Router[NodeDaemon]({
     ("GET", "/api/v1/metrics/pattern"): pattern,
     ("GET", "/api/v1/metrics/backend"): backend_metrics,
     ("GET", "/api/v1/metrics/blobcache"): cache_metrics,
-    ("GET", "/api/v1/metrics/inflight"): _nothing,
+    ("GET", "/api/v1/metrics/inflight"): inflight,
     ("GET", "/metrics"): _prometheus,
     ("GET", "/api/v2/blobs"): _get_blobs,
     ("PUT", "/api/v2/blobs"): _no_blobs,

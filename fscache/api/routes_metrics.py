@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from http import HTTPStatus
 
-from fscache.api.message import Answer, Refusal, Request
+from fscache.api.message import DONE, Answer, Refusal, Request
 from fscache.image import ServedImage
 from fscache.node import NodeDaemon
 
-__all__ = ["backend_metrics", "cache_metrics", "file_metrics", "metrics", "pattern"]
+__all__ = ["backend_metrics", "cache_metrics", "file_metrics", "inflight", "metrics", "pattern"]
+
+# Reads of any channel have the number that FUSE gives to them.
+_FUSE_READ = 15
 
 
 def _counted(daemon: NodeDaemon, request: Request, what: str) -> tuple[str, ServedImage]:
@@ -56,6 +60,23 @@ def backend_metrics(daemon: NodeDaemon, request: Request) -> Answer:
     """Return the counters of a backend."""
     _, image = _counted(daemon, request, "BackendMetrics")
     return Answer(HTTPStatus.OK, image.backend.metrics.as_dict())
+
+
+def inflight(daemon: NodeDaemon, request: Request) -> Answer:
+    """Return the reads that have no answer yet, of all images; nothing when there are none."""
+    now, moment = time.time(), time.monotonic()
+    reads = [
+        {
+            "inode": read.inode,
+            "opcode": _FUSE_READ,
+            "unique": number,
+            "timestamp_secs": int(now - (moment - read.since)),
+        }
+        for entry in daemon.entries()
+        if entry.image is not None
+        for number, read in entry.image.cache_metrics.reads.waiting().items()
+    ]
+    return Answer(HTTPStatus.OK, reads) if reads else DONE
 
 
 def cache_metrics(daemon: NodeDaemon, request: Request) -> Answer:

@@ -63,10 +63,11 @@ class Demand:
     def request(self, blob: CachedBlob, offset: int, length: int, done: Done) -> None:
         """Make a range ready for somebody who reads it, then call `done`, as `Fetcher.request`."""
         begin = time.monotonic()
+        number = blob.metrics.reads.begin(begin, blob.cache.inode[1])
 
         def finish(error: NydusError | None) -> None:
             seconds = time.monotonic() - begin
-            blob.metrics.reads.count(length, seconds, failed=error is not None)
+            blob.metrics.reads.end(number, length, seconds, failed=error is not None)
             for trace in blob.traces:
                 began = time.time() - seconds
                 trace.record(blob.blob_id, offset, length, began, error is not None)

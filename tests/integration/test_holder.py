@@ -192,6 +192,30 @@ def test_row_11_taken_and_unread_events_wait_for_the_successor(node, content):
     assert not list(node.cache.glob("serve-*"))
 
 
+def test_reads_that_wait_are_told_of(node, content):
+    """nydus-snapshotter counts those that wait for too long (`hung_io_interval`)."""
+    inflight = ("GET", "/api/v1/metrics/inflight")
+    node.start()
+    assert node.api(*inflight) == (204, None)
+    node.server.fault = "stall"
+    begun = time.time()
+    readers = [node.reader("one", 0), node.reader("two", 0)]
+    for reader in readers:
+        reader.go()
+    wait_until(lambda: len(node.api(*inflight)[1] or []) >= 2)
+    status, reads = node.api(*inflight)
+    assert status == 200
+    assert {read["opcode"] for read in reads} == {15}
+    assert len({read["unique"] for read in reads}) == len(reads)
+    assert all(begun - 2 < read["timestamp_secs"] <= time.time() for read in reads)
+    files = {path.stat().st_ino for path in node.cache.glob("*.blob.data")}
+    assert {read["inode"] for read in reads} <= files
+    node.server.fault = None
+    assert read(readers[0]) == content["one"][:4096]
+    assert read(readers[1]) == content["two"][:4096]
+    wait_until(lambda: node.api(*inflight) == (204, None))
+
+
 def test_reads_fail_when_nobody_comes_and_heal_when_somebody_does(node, content, monkeypatch):
     monkeypatch.setenv("NYDUSD_HOLDER_SECONDS", "1")
     daemon = node.start()

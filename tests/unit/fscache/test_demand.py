@@ -73,10 +73,14 @@ def test_pieces_are_fetched_at_once(rig):
     thread.start()
     assert all(reader.entered.wait(60) for reader in rig.readers)
     assert not got
+    waiting = rig.metrics.reads.waiting()
+    inodes = [rig.blobs[blob].cache.inode[1] for blob, _, _ in PLACES]
+    assert [read.inode for read in waiting.values()] == inodes
     for reader in rig.readers:
         reader.gate.set()
     thread.join(60)
     assert got == [rig.truth(*PLACES)]
+    assert rig.metrics.reads.waiting() == {}
 
 
 def test_one_piece_that_cannot_be_had(rig, caplog):
@@ -84,6 +88,7 @@ def test_one_piece_that_cannot_be_had(rig, caplog):
     with pytest.raises(NotFound):
         rig.demand.read(rig.pieces(*PLACES))
     assert caplog.text.count("reads fail: blob bbbb") == 1
+    assert rig.metrics.reads.waiting() == {}
     assert rig.demand.read(rig.pieces(PLACES[1])) == rig.truth(PLACES[1])
     rig.readers[1].error = None
     assert rig.demand.read(rig.pieces(*PLACES)) == rig.truth(*PLACES)

@@ -108,7 +108,7 @@ def test_every_counter_of_an_image(daemon):
     cache.buffer(77)
     cache.prefetch(time.time() - 2, 500)
     for length, seconds, failed in ((1023, 0.0002, False), (1024, 0.0003, False), (9, 9, True)):
-        cache.reads.count(length, seconds, failed=failed)
+        cache.reads.end(cache.reads.begin(0.0, 1), length, seconds, failed=failed)
     with metrics.measure(100):
         pass
     with pytest.raises(BackendError), metrics.measure(100):

@@ -34,7 +34,7 @@ from fscache.cachefiles.protocol import BadMessage, Close, Open, Read, copen, pa
 from fscache.cachefiles.slots import Filling
 from fscache.cachefiles.sources import Extent, Source
 from fscache.channel import ReadRequest, Reply
-from fscache.fetch.demand import Complaints
+from fscache.fetch.complaints import Complaints
 from fscache.fetch.pool import WorkerPool
 from fscache.heartbeat import BEAT_SECONDS, Heartbeat
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from erofs.errors import NydusError
-from fscache.fetch.demand import Complaints
+from fscache.fetch.complaints import Complaints
 from fscache.imagefiles import ImageFiles
 
 __all__ = ["Operations", "Take"]

@@ -6,7 +6,6 @@ are in the data file.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -14,15 +13,11 @@ from typing import NamedTuple
 
 from erofs.errors import NydusError
 from fscache.cache.cachedblob import CachedBlob
+from fscache.fetch.complaints import Complaints
 from fscache.fetch.fetcher import Fetcher
 from fscache.fetch.outstanding import Done
 
-__all__ = ["Complaints", "Demand", "Piece"]
-
-logger = logging.getLogger(__name__)
-
-_TELL_SECONDS = 10.0
-_TOLD_MAX = 1000
+__all__ = ["Demand", "Piece"]
 
 
 class Piece(NamedTuple):
@@ -31,26 +26,6 @@ class Piece(NamedTuple):
     blob: CachedBlob
     offset: int
     length: int
-
-
-class Complaints:
-    """Logs why reads fail, the same reason of the same subject once in a while only."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._told: dict[tuple[object, str], float] = {}
-
-    def tell(self, subject: object, text: str) -> None:
-        """Log a reason, unless that was done a moment ago; safe for many threads."""
-        now = time.monotonic()
-        key = (subject, text)
-        with self._lock:
-            if now - self._told.get(key, -_TELL_SECONDS) < _TELL_SECONDS:
-                return
-            if len(self._told) >= _TOLD_MAX:
-                self._told.clear()
-            self._told[key] = now
-        logger.warning("reads fail: %s", text)
 
 
 class Demand:
@@ -72,7 +47,7 @@ class Demand:
                 began = time.time() - seconds
                 trace.record(blob.blob_id, offset, length, began, error is not None)
             if error is not None:
-                self.complaints.tell(blob.blob_id, str(error))
+                self.complaints.tell(blob.blob_id, str(error), error.what)
             done(error)
 
         self._fetcher.request(blob, offset, length, finish)

@@ -20,6 +20,7 @@ from fscache.backend.base import ShortRead, Unavailable
 from fscache.cache.blobmap import BlobMap
 from fscache.cache.cachedblob import CachedBlob, Unpacker
 from fscache.cache.cachefile import CacheError
+from fscache.fetch.complaints import Complaints
 from fscache.fetch.failures import Failures
 from fscache.fetch.fetchall import FetchAll, Progress
 from fscache.fetch.locating import Locating
@@ -76,6 +77,7 @@ class Fetcher:
         self._stop = threading.Event()
         self._outstanding = Outstanding()
         self._failures = Failures(self._options.negative_ttl)
+        self._told = Complaints()
         self._locating = Locating()
         self._blobs_lock = threading.Lock()
         self._blobs: set[CachedBlob] = set()
@@ -447,7 +449,10 @@ class Fetcher:
                 listener(position)
 
     def _fail(self, blob: CachedBlob, positions: Sequence[int], error: NydusError) -> None:
-        logger.error("%s (%d chunks failed)", error, len(positions))
+        # What is wrong with the cache itself fails every chunk of it: one line is enough.
+        told = isinstance(error, CacheError) and not self._told.is_new(blob.blob_id, error.what)
+        level = logging.DEBUG if told else logging.ERROR
+        logger.log(level, "%s (%d chunks failed)", error, len(positions))
         for position in positions:
             # First the memory, then the claim: a request in between sees one of them.
             self._failures.add(blob, position, error)

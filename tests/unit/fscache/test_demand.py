@@ -11,8 +11,9 @@ from fscache.backend import NotFound
 from fscache.backend.retry import RetryPolicy
 from fscache.cache.cachedblob import CachedBlob
 from fscache.cache.cachefile import CacheError
-from fscache.fetch import demand as module
-from fscache.fetch.demand import Complaints, Demand, Piece
+from fscache.fetch import complaints as module
+from fscache.fetch.complaints import Complaints
+from fscache.fetch.demand import Demand, Piece
 from fscache.fetch.fetcher import Fetcher, FetcherOptions
 from fscache.metrics import CacheMetrics
 from tests.leftovers import said
@@ -108,10 +109,14 @@ def test_complaints_are_told_once_in_a_while(monkeypatch, caplog):
         complaints.tell("a", "broken")
     complaints.tell("b", "broken")
     complaints.tell("a", "other")
-    assert len(said(caplog, "fscache.fetch.demand")) == 3
+    assert len(said(caplog, "fscache.fetch.complaints")) == 3
     now += 11
     complaints.tell("a", "broken")
-    assert len(said(caplog, "fscache.fetch.demand")) == 4
+    assert len(said(caplog, "fscache.fetch.complaints")) == 4
+    # Texts of one reason are one.
+    complaints.tell("c", "chunk 1: broken", "broken")
+    complaints.tell("c", "chunk 2: broken", "broken")
+    assert len(said(caplog, "fscache.fetch.complaints")) == 5
     for number in range(3000):
         complaints.tell(number, "x")
     assert len(complaints._told) <= 1000

@@ -257,7 +257,8 @@ class Transport:
                 connection.close()
                 raise
         except (HTTPException, OSError, UnicodeError) as error:
-            raise failure(error, host_of(url)) from error
+            asked = f"unix socket {self._unix}" if self._unix else host_of(url)
+            raise failure(error, asked) from error
         return _DirectAnswer(url, response, place, connection, self._idle)
 
     def prepare(self, url: str) -> None:

@@ -370,7 +370,7 @@ def test_http_reasons(tmp_path):
     reasons = {
         "http://nowhere.invalid": "nowhere.invalid (name does not resolve)",
         "http://127.0.0.1:1": "127.0.0.1:1 (Connection refused)",
-        str(tmp_path / "none"): "unix socket (No such file or directory)",
+        str(tmp_path / "none"): f"unix socket {tmp_path}/none (No such file or directory)",
     }
     for addr, reason in reasons.items():
         with pytest.raises(Unavailable) as caught:

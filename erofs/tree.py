@@ -234,8 +234,8 @@ def _check_xattrs(node: Node) -> None:
     total = 0
     for name, value in node.xattrs.items():
         _, suffix = split_xattr_name(name)
-        if len(suffix) > layout.NAME_MAX or len(value) > layout.XATTR_VALUE_MAX:
-            raise CorruptStructure("xattr name or value too long", got=name)
+        if len(value) > layout.XATTR_VALUE_MAX:
+            raise CorruptStructure("xattr value too long", got=name)
         total += align_up(layout.XATTR_ENTRY_SIZE + len(suffix) + len(value), 4)
     if total > _XATTRS_MAX:
         raise CorruptStructure("xattrs too long together", expected=_XATTRS_MAX, got=total)

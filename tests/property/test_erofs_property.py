@@ -35,7 +35,7 @@ def _names(draw):
 
 _XATTR_NAMES = st.sampled_from(
     [b"user.a", b"user.b", b"trusted.overlay.opaque", b"security.capability",
-     b"system.posix_acl_access", b"system.posix_acl_default", b"user." + b"n" * 255]
+     b"system.posix_acl_access", b"system.posix_acl_default", b"user." + b"n" * 250]
 )  # fmt: skip
 _XATTRS = st.dictionaries(
     _XATTR_NAMES, st.one_of(st.binary(max_size=9), st.just(bytes(4100))), max_size=4

@@ -20,7 +20,6 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _SKIPPABLE_MAGIC = b"\x2a\x4d\x18"
 
-_GZIP_INPUT_BYTES = 256 << 10
 # Four bytes of zstd can stand for 128 KiB, and all output of an input is in memory at once.
 _ZSTD_INPUT_BYTES = 2 << 10
 
@@ -55,6 +54,8 @@ class GzipStream(io.RawIOBase):
 
     # Whether a step ends between two blocks, for subclasses that look at them.
     _to_boundary = False
+    # How much of the file the library is given at once.
+    _input_bytes = 256 << 10
 
     def __init__(self, source: Packed) -> None:
         self._source = source
@@ -112,7 +113,7 @@ class GzipStream(io.RawIOBase):
 
     def _feed(self) -> bool:
         """Give the library more of the file; return False at its end."""
-        data = self._source.read(_GZIP_INPUT_BYTES)
+        data = self._source.read(self._input_bytes)
         self._inflater.feed(data)
         self._fed_bytes += len(data)
         return bool(data)

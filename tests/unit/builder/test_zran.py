@@ -44,6 +44,25 @@ def assert_all_there(packed, zran, found):
         assert plain[place.data : place.data + len(data)] == data
 
 
+def test_input_is_taken_in_the_pieces_of_the_real_builder():
+    """Where such a piece ends decides how far the last chunk before it is looked at."""
+
+    class Source(io.BytesIO):
+        positions = [0]
+
+        def read(self, size=-1, /):
+            data = super().read(size)
+            self.positions.append(self.tell())
+            return data
+
+    packed = gzipped(layer_tar(content(300_000)))
+    with BlockStream(Source(packed)) as blocks:
+        while blocks.read(1 << 20):
+            pass
+    assert len(packed) > 2 << 16
+    assert sorted(set(Source.positions)) == [*range(0, len(packed), 1 << 16), len(packed)]
+
+
 @needs_fixtures
 @pytest.mark.parametrize(
     "name",

@@ -270,8 +270,6 @@ class TarStream:
         if len(block) < BLOCK_SIZE:
             if block:
                 raise self._truncated("header")
-            if not self._position:
-                raise TarError("empty file, not a tar archive")
             return None
         header = parse_header(block)
         self._position += BLOCK_SIZE

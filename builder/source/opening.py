@@ -49,6 +49,9 @@ def open_source(
             if not isinstance(source, Path):
                 # What was handed in stays open when the wrapper goes.
                 stack.callback(buffered.detach)
+            # Gzip of nothing is a layer without members to whoever unpacks it, nothing is none.
+            if not buffered.peek(1):
+                raise BuildError("empty file")
             yield buffered
     except OSError as error:
         raise BuildError(f"cannot be read ({error.strerror})", path=name) from error

@@ -101,6 +101,13 @@ def test_gzip_and_pipes(tmp_path):
     assert outputs(plain) == outputs(packed) == outputs(piped)
 
 
+@pytest.mark.parametrize("kind", [SourceType.TAR, SourceType.TARGZ_REF])
+def test_gzip_of_nothing_is_a_layer_without_members(tmp_path, kind):
+    build(io.BytesIO(gzip.compress(b"")), options(tmp_path)._replace(source_type=kind))
+    with open_bootstrap(tmp_path / "boot") as image:
+        assert [path for path, _ in image.walk()] == [b"/"]
+
+
 @pytest.mark.parametrize(
     ("data", "text"),
     [

@@ -474,7 +474,7 @@ def test_signed_checksum() -> None:
 
 
 def test_ends() -> None:
-    assert error_of(b"") == "layer.tar, offset 0x0: empty file, not a tar archive"
+    assert members_of(b"") == []
     assert members_of(END) == []
     assert members_of(bytes(512)) == []
     assert [m.path for m in members_of(header(b"a"))] == [b"a"]
@@ -548,10 +548,9 @@ def test_truncated_content() -> None:
 
 
 INPUTS = FIXTURES / "made-by-nydus-image" / "inputs"
-FAILING = {
-    "empty.tar": "empty file, not a tar archive",
-    "trunc.tar": "archive ends inside content",
-}
+# Nothing at all is refused before it is taken for a tar.
+EMPTY = "empty.tar"
+FAILING = {"trunc.tar": "archive ends inside content"}
 
 
 def input_bytes(path: Path) -> bytes:
@@ -601,7 +600,7 @@ def test_inputs_of_the_real_builder() -> None:
     for path in paths:
         if path.name in FAILING:
             assert FAILING[path.name] in error_of(input_bytes(path))
-        else:
+        elif path.name != EMPTY:
             counts[path.name] = same_as_tarfile(input_bytes(path))
     assert counts["zeroblocks.tar"] == 0
     assert counts["l1.tar.gz"] > 300

@@ -11,6 +11,7 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
@@ -169,8 +170,7 @@ class ImageBase(ABC, Generic[_Inode]):
     def close(self) -> None:
         """Release the mapping; inodes must not be used afterwards."""
         if self._mapping is not None:
-            self.view.data.release()
-            self._mapping.close()
+            _unmap(self.view, self._mapping)
             self._mapping = None
 
     def __enter__(self) -> Self:
@@ -178,6 +178,13 @@ class ImageBase(ABC, Generic[_Inode]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _unmap(view: View, mapping: mmap.mmap) -> None:
+    view.data.release()
+    # Parts that an error on its way has in its frames keep the mapping as long as it lives.
+    with suppress(BufferError):
+        mapping.close()
 
 
 def _view(source: Source) -> tuple[View, mmap.mmap | None]:
@@ -214,6 +221,5 @@ def open_as(kind: Callable[[View, mmap.mmap | None], _Image], source: Source) ->
         if isinstance(source, Path | str):
             error.add_context(path=source)
         if mapping is not None:
-            view.data.release()
-            mapping.close()
+            _unmap(view, mapping)
         raise

@@ -241,6 +241,15 @@ def test_mapped_file_is_released(tmp_path):
     assert caught.value.where["path"] == path
 
 
+def test_error_inside_of_a_mapped_file_is_what_arrives(tmp_path):
+    """Its frames hold parts of the mapping, which cannot be closed then."""
+    body = struct.pack("<QHBBQHBB", 128, 24, 2, 0, 128, 23, 2, 0) + b"ab"
+    path = tmp_path / "image"
+    path.write_bytes(_image(_root(len(body)), body))
+    with pytest.raises(CorruptStructure, match="out of order"), open_image(path) as image:
+        list(image.root.entries())
+
+
 _MUTATIONS = [
     ("checksum", 1024 + 4, b"\1"),
     ("blocks of 1024", 1024 + 12, b"\x0a"),

@@ -155,10 +155,10 @@ def _write_report(path: Path, result: BuildResult, options: BuildOptions) -> Non
         "dedup_chunks": result.stats.duplicate_chunks,
         "dedup_uncompressed_size": result.stats.duplicate_bytes,
     }
-    if options.source_type is SourceType.DIRECTORY:
-        counters["load_from_directory"] = result.scanned
     # The real report holds only what was counted at all.
     counted = {name: count for name, count in counters.items() if count}
+    if options.source_type is SourceType.DIRECTORY:
+        counted["load_from_directory"] = result.scanned
     write_result(path, result, {**counted, **owner_events()})
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from builder.errors import BuildError
 from erofs import AnyBootstrap, load_tree, open_rafs
 from erofs.errors import FormatError, error_context
 from erofs.inlined import blob_ids, load_inlined_bootstrap
 
-__all__ = ["blob_ids", "inlined_bootstrap", "load_tree", "open_any_bootstrap"]
+__all__ = ["blob_ids", "inlined_bootstrap", "load_tree", "open_any_bootstrap", "open_source_image"]
 
 
 def inlined_bootstrap(path: Path) -> bytes | None:
@@ -39,3 +40,18 @@ def open_any_bootstrap(path: Path, *, inlined: bool = False) -> AnyBootstrap:
             raise
     with error_context(path=path):
         return open_rafs(data)
+
+
+def open_source_image(
+    path: Path, refusal: str = "cannot be opened", *, inlined: bool = True
+) -> AnyBootstrap:
+    """Open a bootstrap that others are made from, as `open_any_bootstrap` does.
+
+    Raises:
+        BuildError: the file cannot be opened; begins with `refusal`.
+        FormatError: it is no bootstrap.
+    """
+    try:
+        return open_any_bootstrap(path, inlined=inlined)
+    except OSError as error:
+        raise BuildError(f"{refusal} ({error.strerror})", path=path) from error

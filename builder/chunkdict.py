@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from builder.blobtable import BlobTable
-from builder.bootstrap import blob_ids, load_tree, open_any_bootstrap
+from builder.bootstrap import blob_ids, load_tree, open_source_image
 from builder.consistency import Profile, require_profile
 from builder.errors import BuildError
 from erofs import Bootstrap, Chunk
@@ -79,13 +79,7 @@ def load_dictionary(
         BuildError: it cannot be opened, or does not fit.
         FormatError: it is no bootstrap.
     """
-    try:
-        opened = open_any_bootstrap(path, inlined=True)
-    except OSError as error:
-        raise BuildError(f"chunk dictionary cannot be opened ({error.strerror})", path=path) from (
-            error
-        )
-    with opened:
+    with open_source_image(path, "chunk dictionary cannot be opened") as opened:
         image = require_profile(profile, opened, path)
         blobs = foreign_blobs(image, path)
         if image.digester is not digester:

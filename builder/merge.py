@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from builder.bootstrap import load_tree, open_any_bootstrap
+from builder.bootstrap import load_tree, open_source_image
 from builder.build import write_bootstrap_file
 from builder.chunkdict import foreign_blobs
 from builder.consistency import Profile, profile_of, require_profile
@@ -230,14 +231,15 @@ def merge(sources: Sequence[Path], options: MergeOptions) -> BuildResult:
     _check_lists(sources, options)
     result = BuildResult()
     merger = _Merger(options)
+    opened = partial(open_source_image, inlined=options.inlined)
     with result.timed("load_tree_from_bootstrap"):
         if options.chunk_dict is not None:
-            merger.take_dictionary(_open(options.chunk_dict, options), options.chunk_dict)
+            merger.take_dictionary(opened(options.chunk_dict), options.chunk_dict)
         if options.parent_bootstrap is not None:
             parent = options.parent_bootstrap
-            merger.add(_open(parent, options), parent, None)
+            merger.add(opened(parent), parent, None)
         for number, path in enumerate(sources):
-            merger.add(_open(path, options), path, number)
+            merger.add(opened(path), path, number)
     root, last = merger.root, merger.last
     if root is None or last is None:
         raise BuildError("nothing to merge")
@@ -264,10 +266,3 @@ def merge(sources: Sequence[Path], options: MergeOptions) -> BuildResult:
     result.blobs = [blob.id for blob in blobs]
     result.compressor = last.compressor
     return result
-
-
-def _open(path: Path, options: MergeOptions) -> AnyBootstrap:
-    try:
-        return open_any_bootstrap(path, inlined=options.inlined)
-    except OSError as error:
-        raise BuildError(f"cannot be opened ({error.strerror})", path=path) from error

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from builder.bootstrap import load_tree, open_any_bootstrap
+from builder.bootstrap import load_tree, open_source_image
 from builder.chunkdict import foreign_blobs
 from builder.consistency import Profile, require_profile
-from builder.errors import BuildError
 from builder.overlay import apply_layer
 from builder.source.options import WhiteoutSpec
 from erofs import Chunk, Node
@@ -63,12 +62,6 @@ def load_parent(path: Path, profile: Profile, digester: Digester) -> ParentImage
         BuildError: it cannot be opened, or an image of that profile cannot be built on it.
         FormatError: it is no bootstrap.
     """
-    try:
-        opened = open_any_bootstrap(path, inlined=True)
-    except OSError as error:
-        raise BuildError(f"parent bootstrap cannot be opened ({error.strerror})", path=path) from (
-            error
-        )
-    with opened:
+    with open_source_image(path, "parent bootstrap cannot be opened") as opened:
         image = require_profile(profile, opened, path)
         return ParentImage(load_tree(image), foreign_blobs(image, path), digester)

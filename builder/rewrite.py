@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from builder.blob import BlobFormat, BlobWriter, Stored
-from builder.bootstrap import blob_ids, open_any_bootstrap
+from builder.bootstrap import blob_ids, open_source_image
 from builder.chunkdict import foreign_blobs
 from builder.chunkreader import BlobProvider, ChunkReader
 from builder.errors import BuildError
@@ -91,11 +91,7 @@ def load_image(path: Path) -> LoadedImage:
         BuildError: it cannot be opened, or is of a kind that is not written this way.
         FormatError: it is broken.
     """
-    try:
-        opened = open_any_bootstrap(path, inlined=True)
-    except OSError as error:
-        raise BuildError(f"cannot be opened ({error.strerror})", path=path) from error
-    with opened, error_context(path=path):
+    with open_source_image(path) as opened, error_context(path=path):
         log_features(opened)
         if not isinstance(opened, Bootstrap):
             raise BuildError("RAFS v5 is not written: `unpack` it and `create` v6")

@@ -338,12 +338,12 @@ class NodeDaemon(Lifecycle):
         return self._runtime.waiting if self._runtime is not None else 0
 
     def entries(self) -> list[Entry]:
-        """Return the mounts, in the order in which they were made."""
-        with self._lock:
-            if self._inheritance is not None:
-                # Not served yet, and clients want to see that all of it is there.
-                return recorded_entries(self._inheritance)
-            return list(self._table.values())
+        """Return the mounts as they were made; waits for none, which may wait for a backend."""
+        inheritance = self._inheritance
+        if inheritance is not None:
+            # Not served yet, and clients want to see that all of it is there.
+            return recorded_entries(inheritance)
+        return list(self._table.values())
 
     def image(self, path: str) -> ServedImage:
         """Return the image at a path of the table; raise `TableError`."""

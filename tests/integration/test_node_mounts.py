@@ -9,10 +9,12 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 
 import pytest
 from capabilities import requires
-from serving import TIMEOUT, build_image
+from fakes.blob_server import BlobServer
+from serving import TIMEOUT, build_image, wait_until
 
 from fscache.mounts.place import is_our_overlay, mounted_at
 
@@ -372,3 +374,28 @@ def test_killed_daemon_is_followed_by_one_that_goes_on(node, writable):
     assert node.unmount("/three") == (204, None)
     assert node.names() == sorted([*IN_ONE, *(["new"] if writable else [])])
     node.end(second)
+
+
+def test_a_mount_that_waits_for_its_backend_does_not_hold_up_questions(node):
+    with BlobServer(node.images["two"].blobs()) as server:
+        server.fault = "stall"
+        backend = {"addr": server.address, "path": "/blobs", "timeout": TIMEOUT}
+        config = {"type": "http-proxy", "http-proxy": backend}
+        daemon = node.start("--eager")
+        assert node.bind("/host", "/etc") == (204, None)
+        answers = []
+        mounting = threading.Thread(
+            target=lambda: answers.append(node.mount("/two", "two", backend=config))
+        )
+        mounting.start()
+        wait_until(lambda: sum(server.requests.values()) > 0)
+        assert node.paths() == {"/host"}
+        assert node.api("GET", "metrics/inflight") == (204, None)
+        assert node.api("GET", "metrics/blobcache")[0] == 404
+        assert answers == []
+        server.fault = None
+        server.released.set()
+        mounting.join(TIMEOUT)
+        assert answers == [(204, None)]
+        assert node.read("two/name") == b"two"
+        node.end(daemon)

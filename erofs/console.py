@@ -17,6 +17,7 @@ __all__ = [
     "ConsoleHandler",
     "ProgressLine",
     "log_path",
+    "log_place",
     "log_to",
     "set_up_logging",
 ]
@@ -97,6 +98,17 @@ def log_path(path: Path) -> Path:
     return path.with_name(path.name + ".log")
 
 
+def log_place(path: Path) -> Path:
+    """Return `log_path`, in a directory that is made if need be: the real tools make it, too.
+
+    Raises `OSError`.
+    """
+    # What is no directory is told of by who opens the file.
+    with suppress(FileExistsError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return log_path(path)
+
+
 def log_to(handler: logging.Handler, level: str) -> None:
     """Make a handler the only one of the log, with our form of lines."""
     handler.setFormatter(_Formatter())
@@ -109,9 +121,7 @@ def set_up_logging(level: str, path: Path | None) -> None:
     """Send the log to standard error, or to a file (see `log_path`); raise `OSError`."""
     handler: logging.Handler = ConsoleHandler()
     if path is not None:
-        # The real tools make the directory, too.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(log_path(path))
+        handler = logging.FileHandler(log_place(path))
     log_to(handler, level)
 
 

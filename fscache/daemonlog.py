@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from erofs.console import log_path, log_to
+from erofs.console import log_place, log_to
 
 __all__ = ["set_up_daemon_log"]
 
@@ -33,9 +33,7 @@ def set_up_daemon_log(level: str, path: Path | None, rotate_bytes: int) -> None:
         # Imported here: it takes 5 ms, and most daemons that people start have no file.
         from fscache.logfile import LogFile
 
-        # The real daemon makes the directory, too.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = LogFile(log_path(path), rotate_bytes)
+        file = LogFile(log_place(path), rotate_bytes)
         log_to(file, level)
         dump_fd = file.dump_fd
         signal.signal(signal.SIGHUP, lambda number, frame: file.want_reopen())

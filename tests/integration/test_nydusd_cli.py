@@ -140,7 +140,7 @@ def test_help_and_version(user):
         ({"-C": "absent.json"}, "absent.json: cannot be read (No such file or directory)"),
         ({"-C": "boot"}, "boot: configuration is not UTF-8"),
         ({"-C": None, "-D": "absent"}, "absent: not a directory"),
-        ({"-L": "absent/log"}, "absent/log.log: No such file or directory"),
+        ({"-L": "boot/log"}, "boot/log.log: Not a directory"),
         ({"-A": "absent/api"}, "absent/api: API socket cannot be made (No such file"),
         ({"-A": "x" * 200}, "API socket cannot be made (AF_UNIX path too long)"),
         ({"-A": "boot"}, "boot: API socket cannot be made (Address already in use)"),

@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 from urllib.parse import quote
@@ -302,16 +301,19 @@ def everything_told(daemon, client, names):
 
 def holders(daemon):
     """Return the processes that keep state for this daemon."""
-    listed = subprocess.run(
-        ["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True
-    ).stdout
     run = next(
         word
         for word in Path(f"/proc/{daemon.process.pid}/environ").read_bytes().split(b"\0")
         if word.startswith(b"NYDUSD_RUN_DIR=")
     )
-    directory = run.partition(b"=")[2].decode()
-    return [int(line.split()[0]) for line in listed.splitlines() if directory in line]
+    directory = run.partition(b"=")[2]
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        # Any of them may end meanwhile.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if directory in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
 
 
 @pytest.mark.parametrize("header", [False, True], ids=["credentials", "header"])

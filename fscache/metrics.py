@@ -115,7 +115,7 @@ class ReadMetrics:
             "nr_opens": 0,
             "data_read": counts.bytes_read,
             "block_count_read": list(counts.sizes),
-            "fop_hits": of_reads(sum(counts.sizes)),
+            "fop_hits": of_reads(sum(counts.sizes) - counts.errors),
             "fop_errors": of_reads(counts.errors),
             "fop_cumulative_latency_total": of_reads(counts.micros),
             "read_latency_dist": list(counts.latencies),

@@ -90,6 +90,10 @@ def test_one_piece_that_cannot_be_had(rig, caplog):
         rig.demand.read(rig.pieces(*PLACES))
     assert caplog.text.count("reads fail: blob bbbb") == 1
     assert rig.metrics.reads.waiting() == {}
+    # Hits are those that succeeded, as in the original.
+    said_so = rig.metrics.reads.as_dict()
+    hits, errors = said_so["fop_hits"][4], said_so["fop_errors"][4]
+    assert (hits + errors, errors) == (len(PLACES), 2)
     assert rig.demand.read(rig.pieces(PLACES[1])) == rig.truth(PLACES[1])
     rig.readers[1].error = None
     assert rig.demand.read(rig.pieces(*PLACES)) == rig.truth(*PLACES)

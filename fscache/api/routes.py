@@ -164,7 +164,7 @@ def _put_config(daemon: NodeDaemon, request: Request) -> Answer:
     auth = text(values, "registry_auth", "")
     if values.keys() - {"registry_auth"}:
         raise Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "Configure(only registry_auth is taken)")
-    if auth:
+    if "registry_auth" in values:
         try:
             daemon.set_credentials(Credentials.from_base64(auth))
         except ValueError as error:

@@ -71,9 +71,14 @@ class Authorizer:
         self._quiet_until = 0.0
 
     def set_credentials(self, credentials: Credentials | None) -> None:
-        """Use other credentials from now on; what the old ones brought is dropped."""
+        """Use other credentials from now on; what the old ones brought is dropped.
+
+        So is a token that was given with the configuration: nobody renews it.
+        """
         with self._lock:
             self._credentials = credentials
+            if credentials is not None:
+                self._fixed = None
             self._token = self._challenge = self._flight = None
             self._backoff = self._quiet_until = 0.0
 

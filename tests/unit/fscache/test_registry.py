@@ -275,6 +275,16 @@ def test_credentials_are_replaced(server, connect):
     assert reader.read_at(0, 10) == DATA[:10]
 
 
+def test_credentials_take_the_place_of_a_token_that_has_ended(server, connect):
+    server.auth = "bearer"
+    backend = connect(registry_token="ended")
+    reader = backend.open(BLOB)
+    with pytest.raises(AuthError):
+        reader.read_at(0, 10)
+    backend.set_credentials(CREDENTIALS)
+    assert reader.read_at(0, 10) == DATA[:10]
+
+
 @pytest.mark.parametrize("realm", ["ftp://x/", "nonsense", "http://", "http://a b/"])
 def test_hostile_realms(server, connect, realm):
     server.auth, server.realm = "bearer", realm

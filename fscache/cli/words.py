@@ -112,8 +112,10 @@ def add_names(parser: CommandParser) -> None:
 
 
 def check_names(arguments: argparse.Namespace) -> None:
-    """End with status 2 when only one of the names is given."""
+    """End with status 2 when only one of the names is given, or nobody could say to go on."""
     if arguments.id is not None and arguments.supervisor is None:
         missing(arguments.parser, "--supervisor <supervisor>")
     if arguments.supervisor is not None and arguments.id is None:
         missing(arguments.parser, "--id <id>")
+    if getattr(arguments, "upgrade", False) and arguments.apisock is None:
+        missing(arguments.parser, "--apisock <apisock>")

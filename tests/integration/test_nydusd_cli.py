@@ -100,6 +100,8 @@ OK = ("erofs", "-B", "boot", "-M", "mnt", "-C", "config.json")
         ((*OK, "-A"), "expected one argument"),
         ((*OK, "--rlimit-nofile", "-5"), "expected a number of files, got '-5'"),
         ((*OK, "--rlimit-nofile", "9" * 20), "expected a number of files"),
+        (("-M", "mnt", "--upgrade"), "--apisock <apisock>"),
+        (("singleton", "--upgrade"), "--apisock <apisock>"),
         (("-M", "mnt", "--thread-num", "1025"), "expected a number from 1 to 1024, got '1025'"),
         (("-M", "mnt", "--failover-policy", "x"), "expected one of none, resend, flush, got 'x'"),
     ],

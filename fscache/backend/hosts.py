@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ def with_hosts(config: RegistryConfig, directory: Path) -> RegistryConfig:
     """
     if config.mirrors or config.proxy is not None:
         return config
+    if not os.access(directory, os.F_OK):
+        logger.warning("the folder of mirrors is not there: %s", directory)
     hosts = registry_hosts(directory, config.host)
     return config._replace(
         mirrors=hosts.mirrors,

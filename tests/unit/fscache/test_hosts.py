@@ -163,3 +163,11 @@ def test_mirror_with_a_certificate_of_its_own(registry, tmp_path):
             _write(tmp_path, "_default", f'[host."{mirror.address}"]\n{words}')
             assert _read(registry, tmp_path) == DATA[5:15]
             assert len(mirror.paths) == asked
+
+
+def test_a_folder_that_is_not_there_is_told_of(tmp_path, caplog):
+    config = RegistryConfig("h", "r")
+    assert with_hosts(config, tmp_path) == config
+    assert caplog.messages == []
+    assert with_hosts(config, tmp_path / "none") == config
+    assert caplog.messages == [f"the folder of mirrors is not there: {tmp_path}/none"]

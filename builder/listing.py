@@ -12,7 +12,7 @@ from enum import Flag
 from typing import NamedTuple
 
 from erofs import AnyBootstrap, AnyInode, InodeV5
-from erofs.rafs import BlobEntry, BlobFeatures, ChunkInfo
+from erofs.rafs import BlobEntry, BlobFeatures, ChunkFlags, ChunkInfo
 
 __all__ = [
     "blob_line",
@@ -146,12 +146,12 @@ def _inode_line(image: AnyBootstrap, path: bytes, inode: AnyInode) -> str:
 
 
 def _chunk_line(chunk: ChunkInfo) -> str:
+    crc = f", crc32 {chunk.crc32c:#x}" if chunk.flags & ChunkFlags.HAS_CRC else ""
     return (
         f"\t chunk: id {chunk.digest.hex()}, index {chunk.chunk_index},"
         f" blob_index {chunk.blob_index}, file_offset {chunk.file_offset},"
         f" compressed {chunk.compressed_offset}/{chunk.compressed_size},"
-        f" uncompressed {chunk.uncompressed_offset}/{chunk.uncompressed_size},"
-        f" crc32 {chunk.crc32c:#x}"
+        f" uncompressed {chunk.uncompressed_offset}/{chunk.uncompressed_size}{crc}"
     )
 
 

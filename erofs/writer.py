@@ -25,7 +25,15 @@ from erofs.layout import (
 )
 from erofs.placement import KIND_MASK, Placement, place
 from erofs.rafs import BlobEntry, BlobFeatures, ExtendedSuperblock, SuperFlags
-from erofs.tree import Chunk, Node, ValidDirectory, ValidTree, split_xattr_name, validate
+from erofs.tree import (
+    Chunk,
+    Node,
+    ValidDirectory,
+    ValidTree,
+    iter_names,
+    split_xattr_name,
+    validate,
+)
 from erofs.values import Value
 from erofs.view import align_down, align_up
 
@@ -319,7 +327,11 @@ def emit_bootstrap(spec: BootstrapSpec) -> memoryview:
         spec.root, spec.blobs, spec.chunk_size, spec.block_size, dictionary=spec.dictionary
     )
     placed = place(tree, spec.block_size)
-    chunks = _distinct_chunks(placed.nodes, spec.blobs)
+    nodes = placed.nodes
+    if spec.tarfs:
+        # Without digests one chunk of each blob is left, of whatever name is visited last.
+        nodes = [node for _, _, node in iter_names(spec.root)]
+    chunks = _distinct_chunks(nodes, spec.blobs)
     emitter = _Emitter(spec, placed, _regions(spec, placed, len(chunks)))
     emitter.emit_superblocks(tree, rafs.CHUNK_INFO_SIZE * len(chunks))
     emitter.emit_tables(chunks)

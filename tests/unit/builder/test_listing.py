@@ -1,5 +1,8 @@
+import io
+
 import pytest
 
+from builder import BuildOptions, SourceType, build
 from builder.listing import blob_lines, flag_names, inode_lines, quoted, readable, unsigned
 from erofs import open_bootstrap
 from erofs.rafs import BlobFeatures, SuperFlags
@@ -71,9 +74,20 @@ def test_inode_lines(tmp_path):
     # The hard link has the same two chunks.
     assert sum(line.startswith("\t chunk: id ") for line in lines) == 4
     assert "file_offset 4096" in lines[4]
+    assert all(", crc32 0x" in line for line in lines[3:5])
     assert 'has_xattr true link Some("a\\"b") i_mtime 0' in lines[-2]
     assert lines[-1].startswith('inode:  "/p": index 0 ')
     assert lines[-1].endswith(f"link None i_mtime {2**64 - 1} i_mtime_nsec 0")
+
+
+def test_chunk_without_a_crc_has_none(tmp_path):
+    path = tmp_path / "boot"
+    build(
+        io.BytesIO(tar_of(member("f", data=b"x"))),
+        BuildOptions(source_type=SourceType.TARFS, bootstrap=path, blob_dir=tmp_path),
+    )
+    with open_bootstrap(path) as image:
+        assert list(inode_lines(image))[-1].endswith("uncompressed 512/1")
 
 
 def test_blob_lines(tmp_path):

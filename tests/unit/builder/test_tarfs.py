@@ -17,7 +17,7 @@ from builder.prefetch import PrefetchPolicy
 from builder.source.options import SourceOptions
 from erofs import check_image, open_bootstrap
 from erofs.errors import CorruptStructure
-from erofs.rafs import BlobFeatures, Compressor, Digester
+from erofs.rafs import BlobFeatures, Compressor, Digester, iter_chunk_infos
 from tests.fakes.built import member, tar_of
 
 CHUNK = 0x1000
@@ -77,6 +77,19 @@ def test_files_are_pieces_of_the_tar(tmp_path):
             assert content == archive.extractfile(entry).read()
             assert [piece.file_offset for piece in pieces] == list(range(0, inode.size, CHUNK))
         assert image.lookup(b"/linked").nid == image.lookup(b"/dir/large").nid
+
+
+def test_piece_of_the_name_that_is_visited_last_is_in_the_chunk_table(tmp_path):
+    """As in real tables, where a hard link is a name as any other."""
+    tar = tar_of(member("a", data=b"a"), member("b", data=b"b"), member("z", "link", linkname="a"))
+    index(tmp_path, tar)
+    with sound(tmp_path / "boot") as image:
+        piece = next(iter(image.lookup(b"/a").file_chunks()))
+        table = image.tables
+        entry = image.view.slice(table.chunk_offset, table.chunk_size, "table")
+        assert [chunk.uncompressed_offset for chunk in iter_chunk_infos(entry)] == [
+            piece.uncompressed_offset
+        ]
 
 
 def test_blob_table_says_what_the_tar_is(tmp_path):

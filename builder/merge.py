@@ -43,7 +43,7 @@ class MergeOptions:
 
     Args:
         chunk_dict: bootstrap whose blobs do not count as a layer's own.
-        keep_ids: blobs are called as the bootstraps say, not as their files.
+        keep_ids: blobs are called as the bootstraps say, not as their files or `original_blob_ids`.
         inlined: a source may be a blob that carries its bootstrap.
         undescribed: for each source the directories that it knows only the paths of; those
             below keep their attributes.
@@ -139,11 +139,13 @@ class _Merger:
 
     def _renamed(self, blob: BlobEntry, path: Path, number: int) -> BlobEntry:
         options = self.options
-        # The name of a tar is in its bootstrap, whatever the file is called (spec 5.4).
-        is_named = options.keep_ids or blob.features & BlobFeatures.TARFS
-        name = blob.id if is_named else path.name.split(".", 1)[0]
-        if options.original_blob_ids:
+        # The name of a tar is in its bootstrap, whatever the file or a list says (spec 5.4).
+        if options.keep_ids or blob.features & BlobFeatures.TARFS:
+            name = blob.id
+        elif options.original_blob_ids:
             name = options.original_blob_ids[number]
+        else:
+            name = path.name.split(".", 1)[0]
         separate = bool(blob.features & BlobFeatures.SEPARATE)
         if options.blob_digests:
             if separate:

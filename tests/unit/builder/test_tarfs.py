@@ -254,10 +254,14 @@ def test_merged_layers_keep_the_names_of_their_tars(tmp_path):
     assert content == {"b": b"b" * 9000, "c": b"upper c"}
 
 
-def test_listed_ids_go_before_those_of_the_bootstraps(tmp_path):
+def test_ids_of_tars_go_before_listed_ones_but_not_before_digests(tmp_path):
+    """As in real merges: the one is another name of a layer, the other what its blob is."""
     sources = two_layers(tmp_path)
     options = MergeOptions(bootstrap=tmp_path / "merged", original_blob_ids=["1" * 64, "2" * 64])
-    assert sorted(merge(sources, options).blobs) == ["1" * 64, "2" * 64]
+    plain = MergeOptions(bootstrap=tmp_path / "merged")
+    assert merge(sources, options).blobs == merge(sources, plain).blobs
+    digests = MergeOptions(bootstrap=tmp_path / "merged", blob_digests=[b"\1" * 32, b"\2" * 32])
+    assert sorted(merge(sources, digests).blobs) == ["01" * 32, "02" * 32]
 
 
 def test_tarfs_has_no_parent_and_no_other_neighbours(tmp_path):

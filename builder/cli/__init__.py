@@ -20,6 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print_version("")
         return 0
-    from builder.cli.program import run
+    try:
+        from builder.cli.program import run
 
-    return run(argv)
+        return run(argv)
+    except KeyboardInterrupt:
+        # While it was loaded, or read its words.
+        print("Error: interrupted before anything was begun", file=sys.stderr)
+        return 130

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from builder.cli import main, program
+
 CODE = "import sys; from builder.cli import main; sys.exit(main())"
 NO_SUCH = ["check", "--bootstrap", "none"]
 
@@ -58,3 +60,12 @@ def test_output_without_a_place(tmp_path):
         done = _run([], stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1
     assert done.stderr == b"Error: No space left on device\n"
+
+
+def test_interrupted_while_it_is_loaded(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "run", interrupted)
+    assert main(["check"]) == 130
+    assert capsys.readouterr().err == "Error: interrupted before anything was begun\n"

@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 
+from fscache import __main__ as program
 from fscache.cli import nydusd
 from fscache.cli.words import takes_value
 
@@ -38,3 +39,15 @@ def test_every_option_is_known_to_have_a_value_or_none(command):
     for action in commands.choices[command]._actions:
         for option in action.option_strings:
             assert takes_value(option) == (action.nargs is None), option
+
+
+def test_interrupted_while_it_is_loaded(monkeypatch, capsys):
+    """As by Ctrl-C at once: one line, and the status of a program that SIGINT has ended."""
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program.gc, "disable", lambda: None)
+    monkeypatch.setattr(nydusd, "main", interrupted)
+    assert program.main() == 130
+    assert capsys.readouterr().err == "Error: interrupted before anything was begun\n"

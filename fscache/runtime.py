@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from erofs.errors import NydusError
@@ -230,6 +231,10 @@ class Runtime:
         """
         try:
             image.unmount()
+        except NydusError as error:
+            # Told now: whoever closes everything goes on to wait for those who use it.
+            logger.error("%s", error)
+            raise
         finally:
             with self._lock:
                 if image in self._images:
@@ -263,11 +268,9 @@ class Runtime:
         with self._lock:
             images = list(self._images)
         for image in reversed(images):
-            try:
+            # Waited for below like the rest: a channel that ends early gives zeros.
+            with suppress(NydusError):
                 self.unmount(image)
-            except NydusError as error:
-                # Waited for below like the rest: a channel that ends early gives zeros.
-                logger.error("%s", error)
         told = time.monotonic()
         while self._reap():
             if time.monotonic() - told > _TELL_SECONDS:

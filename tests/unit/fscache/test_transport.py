@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from fscache.mounts.mount import MountError
 from fscache.runtime import Runtime
 from fscache.sharing import Domain, LazyUnsupported
 from fscache.transport import Transport, candidates, wants_holder
@@ -232,4 +233,20 @@ def test_unmounted_image_is_noted_before_it_is_closed():
     reap.join()
     assert link.notes == ["kept", "dropped"]
     assert not image.is_open
+    runtime.close()
+
+
+def test_refused_unmount_is_told_at_once(caplog):
+    """A stop goes on to wait for users, of whom there may be none."""
+    image = Leaving()
+    runtime = Runtime()
+    runtime._images.append(image)
+
+    def refused():
+        raise MountError("cannot unmount: fusermount3: failed to open /etc/mtab")
+
+    image.unmount = refused
+    with pytest.raises(MountError):
+        runtime.unmount(image)
+    assert "failed to open /etc/mtab" in caplog.text
     runtime.close()

@@ -10,7 +10,6 @@ import signal
 import socket
 import struct
 import sys
-import tempfile
 from pathlib import Path
 
 HEADER = struct.Struct(">BBHII")
@@ -103,7 +102,8 @@ def main():
     assert os.environ["PLUGIN_PROTOCOL_VERSIONS"] == "1"
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with socket.socket(socket.AF_UNIX) as listener, tempfile.TemporaryDirectory() as directory:
+    directory = os.environ["PLUGIN_UNIX_SOCKET_DIR"]
+    with socket.socket(socket.AF_UNIX) as listener:
         path = f"{directory}/s"
         listener.bind(path)
         listener.listen()
@@ -111,7 +111,6 @@ def main():
         print("after the line", flush=True)
         print("to be logged", file=sys.stderr, flush=True)
         connection, _ = listener.accept()
-    # The directory is gone now: some of these are killed.
     Plugin(connection, mode).serve()
 
 

@@ -12,6 +12,7 @@ import queue
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -71,7 +72,13 @@ class HookPlugin:
         self._call_seconds = call_seconds
         self._session: Session | None = None
         self._control: Client | None = None
-        self._process = self._start(environment)
+        # As by the real host: a plug-in that is killed leaves its socket behind.
+        self._sockets = tempfile.TemporaryDirectory(prefix="hook-")
+        try:
+            self._process = self._start(environment)
+        except BaseException:
+            self._sockets.cleanup()
+            raise
         try:
             with error_context(path=path):
                 self._hook = self._connect(self._handshake())
@@ -103,6 +110,7 @@ class HookPlugin:
             self._process.wait()
             if self._session is not None:
                 self._session.close()
+            self._sockets.cleanup()
             for thread in self._threads:
                 # What the program has started may hold its pipes open.
                 thread.join(_END_SECONDS)
@@ -114,6 +122,7 @@ class HookPlugin:
                 env={
                     **environment, **_COOKIE, "PLUGIN_PROTOCOL_VERSIONS": APP_VERSION,
                     "PLUGIN_MIN_PORT": "10000", "PLUGIN_MAX_PORT": "25000",
+                    "PLUGIN_UNIX_SOCKET_DIR": self._sockets.name,
                 },
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

@@ -95,7 +95,9 @@ def test_one_that_hangs_is_killed(start, mode):
     hook = start(mode, call_seconds=0.2)
     with pytest.raises(PluginError, match="does not answer in time"):
         hook.before_push(IMAGE)
+    (socket,) = Path(hook._sockets.name).iterdir()
     hook.close()
+    assert not socket.parent.exists()
 
 
 @pytest.mark.parametrize("mode", ["chatty", "other version", "grpc", "tcp", "tls", "nowhere"])

@@ -1,6 +1,7 @@
 """Reads of channels that give the bytes themselves, and complaints about those that fail."""
 
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -74,7 +75,11 @@ def test_pieces_are_fetched_at_once(rig):
     thread.start()
     assert all(reader.entered.wait(60) for reader in rig.readers)
     assert not got
-    waiting = rig.metrics.reads.waiting()
+    # The first two are asked for already, and the others soon.
+    end = time.monotonic() + 60
+    while len(waiting := rig.metrics.reads.waiting()) < len(PLACES):
+        assert time.monotonic() < end
+        time.sleep(0.001)
     inodes = [rig.blobs[blob].cache.inode[1] for blob, _, _ in PLACES]
     assert [read.inode for read in waiting.values()] == inodes
     for reader in rig.readers:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -66,7 +67,7 @@ def make_files(home, image):
         "trunc.boot": boot[: len(boot) // 2],
         "flip.boot": overwritten(boot, 1024, b"\0"),
         # Behind the tables of the front, up to the blob's.
-        "flip2.boot": overwritten(boot, 16384, os.urandom(16384)),
+        "flip2.boot": overwritten(boot, 16384, random.Random(1).randbytes(16384)),
         "flip3.boot": overwritten(boot, 1024 + 128, b"\x43"),
     }
     (home / "img").mkdir()

@@ -264,6 +264,9 @@ class Holder:
     def _hear(self, peer: _Peer) -> None:
         try:
             got = receive(peer.connection)
+        except ConnectionResetError:
+            # It closed before it read all that was sent to it: an end as any other.
+            got = None
         except (WireError, OSError) as error:
             _log(f"worker {peer.pid}: {error}")
             got = None

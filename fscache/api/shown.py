@@ -36,7 +36,8 @@ def shown_config(config: DaemonConfig) -> _Shown:
         "id": config.id,
         "backend": {"type": kind, **dict.fromkeys(kinds), kind: backend},
         "external_backends": [
-            {"patch": dict(item.patch), "type": item.type, "config": {}}
+            # Both are merged into a configuration, of which nobody knows here what is secret.
+            {"patch": {}, "type": item.type, "config": {}}
             for item in config.external_backends
         ],
         "cache": _cache(config.cache, config.work_dir),

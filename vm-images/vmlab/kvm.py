@@ -1,8 +1,8 @@
 """Whether KVM truly works here, found out by booting a kernel until it misses its root.
 
 A device that can be opened says little: nested or emulated ones lose instructions or registers. One
-of a processor without virtualization is emulated by this machine's own hypervisor: a kernel boots
-with it on one host, and after a migration to another not any more. So it is not even tried.
+of a processor without virtualization must be emulated by this machine's own hypervisor: one booted
+a kernel, and minutes later none any more. So it is not even tried.
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ def _escape(value: str) -> str:
 def _accelerated(accelerator: str) -> list[str]:
     if accelerator == "kvm":
         return ["-accel", "kvm", "-cpu", "host"]
-    # With a thread for each processor, one of them at times still runs the breakpoint that Linux
-    # has put into its own code for a moment, and already removed: "Oops: int3", a panic.
+    # With a thread for each processor a guest panicked once while it booted: "Oops: int3".
+    # Presumably one still ran the breakpoint that Linux had put into its own code for a moment.
     return ["-accel", "tcg,thread=single", "-cpu", "max"]
 
 
